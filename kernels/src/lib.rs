@@ -35,6 +35,7 @@ pub mod panels;
 pub mod product;
 pub mod random;
 pub mod reduce;
+pub mod team;
 pub mod vectors;
 pub mod vocabulary;
 

@@ -1,7 +1,10 @@
-//! Sums over tokens: the gradients of weights and biases.
+//! Sums over tokens, which are the gradients of weights and biases, and over the rows of a weight.
 
 use rayon::prelude::*;
 
+use crate::FloatType;
+use crate::dispatch::{Loop, run};
+use crate::matrix::Matrix;
 use crate::micro::{Tile, multiply};
 use crate::panels::{LANES, check, count, panels};
 
@@ -160,10 +163,68 @@ pub fn sum_over_tokens(data: &[f32], tokens: usize, out: &mut [f32]) {
     });
 }
 
+/// The rows that are summed one after the other by [`column_sums`].
+const ROWS_IN_ORDER: usize = 1 << 12;
+
+/// The sums (columns) of a matrix's columns in f64, each value rounded to `rounding` before: those of 4,096 rows after the other, which are
+/// then added up.
+///
+/// # Panics
+/// If the matrix is transposed.
+pub fn column_sums(matrix: &Matrix<'_>, rounding: FloatType) -> Vec<f64> {
+    assert!(!matrix.is_transposed(), "the matrix is transposed");
+    let (rows, columns) = (matrix.height(), matrix.depth());
+    let parts: Vec<Vec<f64>> = (0..rows.div_ceil(ROWS_IN_ORDER))
+        .into_par_iter()
+        .map(|part| {
+            let first = part * ROWS_IN_ORDER;
+            let mut sums = vec![0.; columns];
+            let mut buffer = Vec::new();
+            for row in first..rows.min(first + ROWS_IN_ORDER) {
+                run(AddRow {
+                    row: matrix.row(row, 0..columns, &mut buffer),
+                    rounding,
+                    sums: &mut sums,
+                });
+            }
+            sums
+        })
+        .collect();
+    let mut totals = vec![0.; columns];
+    for part in parts {
+        for (total, sum) in totals.iter_mut().zip(part) {
+            *total += sum;
+        }
+    }
+    totals
+}
+
+struct AddRow<'a> {
+    row: &'a [f32],
+    rounding: FloatType,
+    sums: &'a mut [f64],
+}
+
+impl Loop for AddRow<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<const FMA: bool>(self) {
+        let pairs = self.sums.iter_mut().zip(self.row);
+        match self.rounding {
+            FloatType::F32 => pairs.for_each(|(sum, x)| *sum += f64::from(*x)),
+            rounding => pairs.for_each(|(sum, x)| *sum += f64::from(rounding.round(*x))),
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
+    use half::{bf16, f16};
+
     use super::*;
     use crate::dispatch::tests::with_each;
+    use crate::matrix::Values;
     use crate::panels::{column, size};
     use crate::product::tests::numbers;
 
@@ -211,6 +272,36 @@ mod tests {
                 for (i, sum) in sums.iter().enumerate() {
                     let exact: f32 = (0..tokens).filter_map(|t| column(&a, rows, t).nth(i)).sum();
                     assert!((sum - exact).abs() < 1e-5);
+                }
+            }
+        });
+    }
+
+    #[test]
+    fn columns_are_summed_as_they_are_rounded() {
+        type Round = fn(f32) -> f32;
+        with_each(|isa| {
+            for (rows, columns) in [(1, 1), (7, 100), (2 * ROWS_IN_ORDER + 3, 5)] {
+                let values = numbers(rows * columns, 3);
+                let halves: Vec<bf16> = values.iter().map(|x| bf16::from_f32(*x)).collect();
+                let singles = Matrix::f32(&values, rows, columns).unwrap();
+                let stored = Matrix::new(Values::Bf16(&halves), rows, columns).unwrap();
+                let rounded: [(_, _, Round); 4] = [
+                    (singles, FloatType::F32, |x| x),
+                    (singles, FloatType::Bf16, |x| bf16::from_f32(x).to_f32()),
+                    (singles, FloatType::F16, |x| f16::from_f32(x).to_f32()),
+                    (stored, FloatType::F32, |x| bf16::from_f32(x).to_f32()),
+                ];
+                for (matrix, rounding, round) in rounded {
+                    let sums = column_sums(&matrix, rounding);
+                    for (column, sum) in sums.iter().enumerate() {
+                        let exact = values.iter().skip(column).step_by(columns);
+                        let exact: f64 = exact.map(|x| f64::from(round(*x))).sum();
+                        assert!(
+                            (sum - exact).abs() < 1e-9,
+                            "{isa:?} {rows} {column} {rounding:?}"
+                        );
+                    }
                 }
             }
         });

@@ -4,20 +4,20 @@
 //! Each sum has a fixed order, so a result depends neither on the number of threads nor on the other vectors of a call.
 
 mod attention;
+mod many;
 mod plain;
 mod rows;
 #[cfg(target_arch = "x86_64")]
 mod wide;
 
 use std::ops::Range;
-use std::sync::atomic::{AtomicUsize, Ordering};
-
-use rayon::prelude::*;
 
 pub use attention::{Attention, Cached};
+pub use many::many_vector_products;
 pub use rows::{argmax, gated_unit, rms_norm, rope, round_to_bf16, scale, soft_cap};
 
 use crate::matrix::Matrix;
+use crate::team::Team;
 
 /// The number of rows that are summed side by side.
 const ROWS: usize = 4;
@@ -36,20 +36,29 @@ pub struct VectorProduct<'a> {
     pub out: &'a mut [f32],
 }
 
-/// Computes `out = W x` for each vector of several products that don't depend on each other, over all cores.
+impl VectorProduct<'_> {
+    /// The number of vectors, once all sizes are checked.
+    fn check(&self) -> usize {
+        let (height, depth) = (self.weight.height(), self.weight.depth());
+        let vectors = self.x.len() / depth.max(1);
+        assert!(!self.weight.is_transposed(), "the weight is transposed");
+        assert_eq!(self.x.len(), vectors * depth, "the size of x");
+        let size = vectors.checked_mul(height);
+        assert_eq!(Some(self.out.len()), size, "the output's size");
+        vectors
+    }
+}
+
+/// Computes `out = W x` for each vector of several products that don't depend on each other, on all threads of a team.
 ///
 /// # Panics
 /// If a weight is transposed, `x` is not a whole number of vectors of the weight's depth, or `out` has another size than
 /// (vectors, height).
-pub fn vector_products(mut all: Vec<VectorProduct<'_>>) {
+pub fn vector_products(team: &Team<'_>, mut all: Vec<VectorProduct<'_>>) {
     let mut tasks = Vec::new();
     for (product, each) in all.iter().enumerate() {
         let (height, depth) = (each.weight.height(), each.weight.depth());
-        let vectors = each.x.len() / depth.max(1);
-        assert!(!each.weight.is_transposed(), "the weight is transposed");
-        assert_eq!(each.x.len(), vectors * depth, "the size of x");
-        let size = vectors.checked_mul(height);
-        assert_eq!(Some(each.out.len()), size, "the output's size");
+        each.check();
         let rows = (TASK / depth.max(1)).next_multiple_of(ROWS).max(ROWS);
         let starts = (0..height).step_by(rows);
         tasks.extend(starts.map(|from| (product, from..(from + rows).min(height))));
@@ -58,31 +67,21 @@ pub fn vector_products(mut all: Vec<VectorProduct<'_>>) {
     #[cfg(target_arch = "x86_64")]
     let layouts = VectorLayouts::all(&all);
     let all = &all;
-    let work = |buffer: &mut Vec<f32>, product: usize, rows: Range<usize>| {
+    team.share(tasks.len(), &|task| {
+        let (product, rows) = &tasks[task];
         let part = Part {
-            weight: all[product].weight,
-            x: all[product].x,
-            rows,
-            out: outs[product],
+            weight: all[*product].weight,
+            x: all[*product].x,
+            rows: rows.clone(),
+            out: outs[*product],
         };
         #[cfg(target_arch = "x86_64")]
-        if let Some((layout, words)) = layouts.for_product(product) {
+        if let Some((layout, words)) = layouts.for_product(*product) {
             wide::run(&part, layout, words);
             return;
         }
-        plain::run(part, buffer);
-    };
-    let next = AtomicUsize::new(0);
-    let deal = |_| {
-        let mut buffer = Vec::new();
-        while let Some((product, rows)) = tasks.get(next.fetch_add(1, Ordering::Relaxed)) {
-            work(&mut buffer, *product, rows.clone());
-        }
-    };
-    match rayon::current_num_threads().min(tasks.len()) {
-        0 | 1 => deal(0),
-        threads => (0..threads).into_par_iter().with_max_len(1).for_each(deal),
-    }
+        plain::run(part);
+    });
 }
 
 /// The products' vectors in the layouts that the loops of [`wide`] read.

@@ -92,13 +92,14 @@ fn load_with(
 
 /// Refuses the recipe if something in it is certain to fail.
 fn foresee(recipe: &Recipe, here: &Path) -> Result<(), RecipeErrors> {
+    let mut located = Located::new(recipe, here);
     let planned: Vec<Planned<'_>> = recipe
         .stages
         .iter()
         .map(|stage| Planned {
             name: &stage.name,
             stage: stage.stage.as_ref(),
-            files: sources(recipe, stage, here),
+            files: located.sources(stage),
         })
         .collect();
     let errors = foresight::foresee(&planned).into_iter().filter_map(|told| {
@@ -174,13 +175,14 @@ impl Project {
         let file = normal(&here.join(&recipe.path));
         let folder = file.parent().unwrap_or(&here).to_owned();
         let root = root(&folder);
+        let mut located = Located::new(&recipe, &here);
         let nodes = recipe
             .stages
             .iter()
             .map(|stage| Node {
                 name: stage.name.clone(),
                 stage: Arc::clone(&stage.stage),
-                sources: sources(&recipe, stage, &here),
+                sources: located.sources(stage),
                 handling: stage.handling.clone(),
             })
             .collect();
@@ -437,24 +439,47 @@ pub(super) fn own_store(
     Ok(store)
 }
 
-/// Where the files of a stage are: those written in a recipe start at its folder, those of `--set` at the current one.
-fn sources(recipe: &Recipe, stage: &RecipeStage, here: &Path) -> BTreeMap<String, PathBuf> {
-    stage
-        .files
-        .iter()
-        .map(|file| {
-            let path = normal(&confine::start(recipe, file, here).join(&file.path));
-            // A link that is turned elsewhere from now on changes nothing.
-            let path = match Pattern::parse(&path) {
-                None => path.canonicalize().unwrap_or(path),
-                Some(pattern) => match pattern.folder().canonicalize() {
-                    Ok(folder) => pattern.below(&folder),
-                    Err(_) => path,
-                },
-            };
-            (file.path.clone(), path)
-        })
-        .collect()
+/// Where files are: those written in a recipe start at its folder, those of `--set` at the current one. A file that many stages read is
+/// looked for once.
+struct Located<'a> {
+    recipe: &'a Recipe,
+    here: &'a Path,
+    /// The paths found, by the file as it is written and where that is.
+    found: BTreeMap<(Option<usize>, &'a str), PathBuf>,
+}
+
+impl<'a> Located<'a> {
+    fn new(recipe: &'a Recipe, here: &'a Path) -> Self {
+        Self {
+            recipe,
+            here,
+            found: BTreeMap::new(),
+        }
+    }
+
+    /// The paths of the files of a stage, as they are written.
+    fn sources(&mut self, stage: &'a RecipeStage) -> BTreeMap<String, PathBuf> {
+        let mut paths = BTreeMap::new();
+        for file in &stage.files {
+            let start = || confine::start(self.recipe, file, self.here);
+            let path = self.found.entry((file.start, file.path.as_str()));
+            let path = path.or_insert_with(|| real(&normal(&start().join(&file.path))));
+            paths.insert(file.path.clone(), path.clone());
+        }
+        paths
+    }
+}
+
+/// A path with links resolved: one that is turned elsewhere from now on changes nothing.
+fn real(path: &Path) -> PathBuf {
+    let real = match Pattern::parse(path) {
+        None => path.canonicalize(),
+        Some(pattern) => {
+            let folder = pattern.folder().canonicalize();
+            folder.map(|folder| pattern.below(&folder))
+        }
+    };
+    real.unwrap_or_else(|_| path.to_owned())
 }
 
 /// A readable name for a recipe's file that no other file of the project has.

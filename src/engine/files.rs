@@ -11,7 +11,7 @@ use rayon::prelude::*;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
-use super::stat::Stat;
+use super::stat::{Stat, nanoseconds_now};
 
 /// The prefix of the names of files that are being written. A killed program leaves such files behind.
 pub(super) const TEMPORARY: &str = ".tmp";
@@ -92,6 +92,11 @@ pub(super) fn clock(folder: &Path) -> std::io::Result<i64> {
     // An unnamed file, which leaves nothing behind and changes no folder.
     let file = tempfile::tempfile_in(folder)?;
     Ok(Stat::from_metadata(&file.metadata()?).changed)
+}
+
+/// How far the clock of the file system of `folder` is behind ours, in nanoseconds; 0 if it is ahead, or can't be told.
+pub(super) fn behind(folder: &Path) -> i64 {
+    clock(folder).map_or(0, |theirs| nanoseconds_now().saturating_sub(theirs).max(0))
 }
 
 /// Waits until a file changed from now on gets a later time than `newest` by the clock of the file system. Two changes within one tick

@@ -28,12 +28,12 @@ pub struct Pattern {
 impl Pattern {
     /// Reads a path as a pattern; `None` if it has no pattern, or something exists at that path.
     pub fn parse(path: &Path) -> Option<Self> {
-        if std::fs::symlink_metadata(path).is_ok() {
-            return None;
-        }
         let is_pattern = |part: &std::ffi::OsStr| part.to_string_lossy().contains(['*', '?', '[']);
         let parts: Vec<_> = path.iter().collect();
         let first = parts.iter().position(|part| is_pattern(part))?;
+        if std::fs::symlink_metadata(path).is_ok() {
+            return None;
+        }
         let (folder, rest) = parts.split_at_checked(first)?;
         let rest: Option<Vec<&str>> = rest.iter().map(|part| part.to_str()).collect();
         Some(Self {

@@ -165,7 +165,7 @@ impl Manifest {
     }
 
     /// Whether every folder and file has the recorded stat.
-    fn is_as_remembered(&self, folder: &Path) -> bool {
+    pub(super) fn is_as_remembered(&self, folder: &Path) -> bool {
         let mut path = folder.to_path_buf();
         let mut metadata = |name: &str| {
             path.clear();

@@ -25,6 +25,7 @@ mod handling;
 mod history;
 mod inputs;
 mod kind;
+mod known_results;
 mod last_results;
 mod links;
 mod lock;

@@ -12,6 +12,7 @@ use super::canonical::Digest;
 use super::executor::Executors;
 use super::fingerprint::{Fingerprint, Origin};
 use super::graph::{Graph, Node};
+use super::known_results::{KnownResults, Lookup};
 use super::last_results::LastResults;
 use super::manifest::{Entry, Manifest};
 use super::pins::Pins;
@@ -129,7 +130,10 @@ impl Prepared {
 /// A prepared stage, looked up.
 pub(crate) enum Verdict {
     Fresh {
-        record: Box<Record>,
+        /// The content digest.
+        artifact: Digest,
+        /// Seconds the stage took.
+        seconds: f64,
         restored: bool,
         /// Whether it is already known as the stage's last result.
         last: bool,
@@ -254,7 +258,7 @@ impl Session<'_> {
         &self,
         index: usize,
         prepared: &Prepared,
-        last_results: &LastResults,
+        (last_results, known_results): (&LastResults, &KnownResults),
     ) -> anyhow::Result<Verdict> {
         if self.forced[index] {
             return Ok(Verdict::Stale(vec![Reason::Forced]));
@@ -262,14 +266,20 @@ impl Session<'_> {
         let node = &self.graph.nodes[index];
         let last = last_results.get(&node.name);
         let restored = last.as_ref().is_some_and(|last| *last != prepared.digest);
-        let (missing, reasons) = match self.store.find(&prepared.digest, self.verify)? {
+        let fresh = |artifact, seconds, touched| Verdict::Fresh {
+            artifact,
+            seconds,
+            restored,
+            last: last.as_ref() == Some(&prepared.digest),
+            touched,
+        };
+        let found = match known_results.find(self.store, &prepared.digest, self.verify)? {
+            Lookup::Known { artifact, seconds } => return Ok(fresh(artifact, seconds, None)),
+            Lookup::Read(found) => found,
+        };
+        let (missing, reasons) = match found {
             Found::Hit(record, touched) => {
-                return Ok(Verdict::Fresh {
-                    record,
-                    restored,
-                    last: last.as_ref() == Some(&prepared.digest),
-                    touched,
-                });
+                return Ok(fresh(record.artifact, record.seconds, touched));
             }
             Found::Missing(record) => (Some(record), vec![Reason::ArtifactMissing]),
             Found::Damaged(_, what) => (None, vec![Reason::ArtifactDamaged { what }]),
@@ -421,6 +431,7 @@ impl Session<'_> {
         sources: &mut Sources,
     ) -> Vec<Option<Inspection>> {
         let last_results = LastResults::open(self.store, self.recipe);
+        let known_results = KnownResults::open(self.store, self.recipe);
         let mut contents: Vec<Option<Digest>> = vec![None; self.graph.nodes.len()];
         let mut inspections: Vec<Option<Inspection>> = Vec::new();
         inspections.resize_with(self.graph.nodes.len(), || None);
@@ -440,7 +451,7 @@ impl Session<'_> {
                     .and_then(|prepared| {
                         fingerprint = Some(prepared.digest.clone());
                         frozen.clone_from(&prepared.frozen);
-                        self.judge(index, &prepared, &last_results)
+                        self.judge(index, &prepared, (&last_results, &known_results))
                     });
                 match judged {
                     Err(error) => State::Unknown {
@@ -450,21 +461,26 @@ impl Session<'_> {
                         remote_only = matches!(verdict, Verdict::RemoteOnly { .. });
                         match verdict {
                             Verdict::Fresh {
-                                record, restored, ..
-                            }
-                            | Verdict::RemoteOnly {
-                                record, restored, ..
-                            } => match self.accept(index, &record.artifact) {
-                                Err(error) if !remote_only => State::Fails {
-                                    artifact: record.artifact,
+                                artifact, restored, ..
+                            } => match self.accept(index, &artifact) {
+                                Err(error) => State::Fails {
+                                    artifact,
                                     error: format!("{error:#}"),
                                 },
-                                _ => State::Fresh {
-                                    artifact: record.artifact,
+                                Ok(()) => State::Fresh {
+                                    artifact,
                                     restored,
-                                    remote: remote_only,
+                                    remote: false,
                                     frozen,
                                 },
+                            },
+                            Verdict::RemoteOnly {
+                                record, restored, ..
+                            } => State::Fresh {
+                                artifact: record.artifact,
+                                restored,
+                                remote: true,
+                                frozen,
                             },
                             Verdict::Stale(reasons) => State::Runs { reasons },
                         }

@@ -13,6 +13,7 @@ use super::canonical::Digest;
 use super::event::{EVENT_VERSION, Event, send};
 use super::handling::{Free, Machine};
 use super::history::{Outcome, Run, RunInProgress, RunLabel, stages};
+use super::known_results::KnownResults;
 use super::last_results::LastResults;
 use super::plan::{Prepared, Session, Verdict};
 use super::reason::Reason;
@@ -130,6 +131,7 @@ pub fn run(
             cancel,
             options,
             last_results: LastResults::open(session.store, session.recipe),
+            known_results: KnownResults::open(session.store, session.recipe),
             free: Free::all(&options.machine),
             done,
             running: BTreeMap::new(),
@@ -175,6 +177,7 @@ struct Runner<'a, 'b> {
     cancel: &'a Arc<AtomicBool>,
     options: &'a Options,
     last_results: LastResults,
+    known_results: KnownResults,
     free: Free,
     done: Sender<Done>,
     /// The running stages with the ids of their devices.
@@ -288,8 +291,9 @@ impl<'a> Runner<'a, '_> {
                 }
             }
         }
-        // Both only spare work next time.
+        // All of them only spare work next time.
         let _ = sources.save();
+        let _ = self.known_results.save(self.session.store);
         let _ = self
             .last_results
             .save(graph.nodes.iter().map(|node| node.name.as_str()));
@@ -402,29 +406,31 @@ impl<'a> Runner<'a, '_> {
             shared,
             ..
         } = self.session;
-        let verdict = match self.session.judge(index, &prepared, &self.last_results) {
+        let memos = (&self.last_results, &self.known_results);
+        let verdict = match self.session.judge(index, &prepared, memos) {
             Ok(verdict) => verdict,
             Err(error) => {
                 self.fail(name, format!("{error:#}"));
                 return Lookup::Failed;
             }
         };
-        let (record, restored, remote) = match verdict {
+        let (artifact, seconds, restored, remote) = match verdict {
             Verdict::Fresh {
-                record,
+                artifact,
+                seconds,
                 restored,
                 last,
                 touched,
             } => {
                 // Both only spare work next time: a store that can't be written still serves.
                 if let Some(manifest) = touched {
-                    let _ = store.write_manifest(&record.artifact, &manifest);
+                    let _ = store.write_manifest(&artifact, &manifest);
                 }
                 if !last {
                     self.session.keep_texts(node, &prepared);
                     let _ = store.set_last(recipe, name, &prepared.digest);
                 }
-                (record, restored, false)
+                (artifact, seconds, restored, false)
             }
             Verdict::RemoteOnly {
                 record, restored, ..
@@ -433,7 +439,7 @@ impl<'a> Runner<'a, '_> {
                 self.session.keep_texts(node, &prepared);
                 let _ = store.note_remote_only(&prepared.digest, &record);
                 let _ = store.set_last(recipe, name, &prepared.digest);
-                (record, restored, true)
+                (record.artifact, record.seconds, restored, true)
             }
             // The files of what is away may be needed: a worker fetches them, or runs the stage.
             Verdict::Stale(reasons) | Verdict::RemoteOnly { reasons, .. } => {
@@ -442,13 +448,12 @@ impl<'a> Runner<'a, '_> {
                 return Lookup::Stale(Box::new(prepared), reasons);
             }
         };
-        if let Err(error) = self.session.accept(index, &record.artifact) {
+        if let Err(error) = self.session.accept(index, &artifact) {
             self.fail(name, format!("{error:#}"));
             return Lookup::Failed;
         }
         self.summary.fresh += 1;
-        self.summary.saved += record.seconds;
-        let artifact = record.artifact;
+        self.summary.saved += seconds;
         send(
             self.events,
             Event::StageFresh {
@@ -456,7 +461,7 @@ impl<'a> Runner<'a, '_> {
                 artifact: artifact.clone(),
                 restored,
                 remote,
-                saved: record.seconds,
+                saved: seconds,
                 frozen: prepared.frozen,
             },
         );

@@ -11,7 +11,7 @@ use serde_json::json;
 
 use super::canonical::{Digest, digest_json};
 use super::digest::digest_file;
-use super::files::{clock, read_sealed, write_sealed};
+use super::files::{behind, read_sealed, write_sealed};
 use super::glob::Pattern;
 use super::manifest::Entry;
 use super::stat::{Stat, nanoseconds_now};
@@ -342,8 +342,7 @@ impl Sources {
         fs::create_dir_all(folder)
             .with_context(|| format!("could not make `{}`", folder.display()))?;
         let device = fs::metadata(folder).map(|found| found.dev()).ok();
-        let behind =
-            clock(folder).map_or(0, |theirs| nanoseconds_now().saturating_sub(theirs).max(0));
+        let behind = behind(folder);
         let read = std::mem::take(&mut self.read);
         self.memo.files.retain(|name, known| {
             let settled = known.entry.stat.settled_at(known.read - behind);

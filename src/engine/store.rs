@@ -13,6 +13,7 @@
 //! v1/failed/<fingerprint>/      what a failed stage wrote and told, until it succeeds
 //! v1/incoming/<content>/        files on their way from a remote
 //! v1/left/<fingerprint>         a result of which only the record was taken from a remote
+//! v1/state/                     memos of what was read before, by recipe, and the history
 //! v1/unsent/<remote>/<fingerprint>
 //! v1/locks/<fingerprint>
 //! ```
@@ -295,11 +296,11 @@ impl Store {
         )
     }
 
-    fn manifest_path(&self, content: &str) -> PathBuf {
+    pub(super) fn manifest_path(&self, content: &str) -> PathBuf {
         self.root.join("artifacts").join(format!("{content}.json"))
     }
 
-    fn record_path(&self, fingerprint: &str) -> PathBuf {
+    pub(super) fn record_path(&self, fingerprint: &str) -> PathBuf {
         self.root
             .join("records")
             .join(format!("{fingerprint}.json"))

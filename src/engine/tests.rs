@@ -16,6 +16,7 @@ mod collecting;
 mod continuations;
 mod damage;
 mod failures;
+mod known;
 
 struct Text;
 

@@ -27,6 +27,8 @@ mod rope;
 pub mod tensors;
 pub mod tied;
 
+use std::sync::OnceLock;
+
 use candle_core::backprop::GradStore;
 use candle_core::{D, DType, Device, Result, Tensor, Var};
 
@@ -98,7 +100,8 @@ pub struct CausalLm {
     pub(super) embed_lora: Option<Lora>,
     pub(super) head_lora: Option<Lora>,
     pub(super) compute: DType,
-    frozen_column_sum: Option<Tensor>,
+    /// The sum of the head's rows, if that never changes, once it was asked for.
+    frozen_column_sum: OnceLock<Tensor>,
 }
 
 /// The cached keys and values of all layers, for text generation.

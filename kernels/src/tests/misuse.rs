@@ -18,6 +18,7 @@ use crate::nf4;
 use crate::panels::{self, LANES, column, fill, size};
 use crate::product::{Factor, Onto, Pairs, Product, Term, product, products};
 use crate::reduce::{Order, outer, sum_over_tokens};
+use crate::team::Team;
 use crate::vectors::{self, Attention, Cached, VectorProduct, vector_products};
 
 /// Runs what has to panic with a message that contains `expected`.
@@ -268,12 +269,14 @@ fn vectors_refuse_wrong_sizes() {
     let w = floats(5 * 3);
     let weight = Matrix::f32(&w, 5, 3).unwrap();
     let run = |weight: Matrix<'_>, x: usize, out: usize| {
-        vector_products(vec![VectorProduct {
+        let (x, mut out) = (floats(x), floats(out));
+        let all = vec![VectorProduct {
             weight,
-            x: &floats(x),
+            x: &x,
             rounded: false,
-            out: &mut floats(out),
-        }]);
+            out: &mut out,
+        }];
+        Team::gather(|team| vector_products(team, all));
     };
     run(weight, 6, 10);
     refused("a transposed weight", "is transposed", || {

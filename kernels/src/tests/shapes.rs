@@ -15,6 +15,7 @@ use crate::panels::{LANES, column, fill, size};
 use crate::product::tests::numbers;
 use crate::product::{Factor, Onto, Pairs, Product, Term, products};
 use crate::reduce::{Order, outer};
+use crate::team::Team;
 use crate::vectors::{Attention, Cached, VectorProduct, vector_products};
 use crate::vocabulary::tests::exponentials;
 
@@ -539,12 +540,13 @@ fn check_vectors(
     let vectors = x.len() / columns;
     let x = side.copy(x);
     let mut out = side.copy(&vec![f32::NAN; vectors * rows]);
-    vector_products(vec![VectorProduct {
+    let all = vec![VectorProduct {
         weight,
         x: &x,
         rounded,
         out: &mut out,
-    }]);
+    }];
+    Team::gather(|team| vector_products(team, all));
     let exact: Vec<f64> = (0..vectors * rows)
         .map(|index| {
             let (vector, row) = (index / rows, index % rows);

@@ -9,31 +9,35 @@ use crate::matrix::Values;
 /// The number of partial sums of a sum.
 pub(super) const LANES: usize = 16;
 
-/// Computes some rows of a product. `buffer` holds the converted values of a row.
-pub(super) fn run(part: Part<'_>, buffer: &mut Vec<f32>) {
+/// Computes some rows of a product.
+pub(super) fn run(part: Part<'_>) {
     let vectors = part.x.len().checked_div(part.weight.depth()).unwrap_or(0);
     assert!(
         part.rows.end <= part.weight.height() && vectors <= part.out.vectors,
         "rows and vectors of the product"
     );
-    dispatch::run(Plain { part, buffer });
+    dispatch::run(Plain(part));
 }
 
-struct Plain<'a, 'b> {
-    part: Part<'a>,
-    buffer: &'b mut Vec<f32>,
-}
+struct Plain<'a>(Part<'a>);
 
-impl Loop for Plain<'_, '_> {
+impl Loop for Plain<'_> {
     type Output = ();
 
     #[inline(always)]
     fn run<const FMA: bool>(self) {
-        let (weight, x, out) = (self.part.weight, self.part.x, self.part.out);
+        let Part {
+            weight,
+            x,
+            rows,
+            out,
+        } = self.0;
         let depth = weight.depth();
-        let mut row = self.part.rows.start;
-        while row < self.part.rows.end {
-            let left = self.part.rows.end - row;
+        // The converted values of a row.
+        let mut buffer = Vec::new();
+        let mut row = rows.start;
+        while row < rows.end {
+            let left = rows.end - row;
             row += match weight.values() {
                 Values::F32(values) => {
                     block::<f32, FMA>(&values[row * depth..], x, depth, left, out, row)
@@ -42,7 +46,7 @@ impl Loop for Plain<'_, '_> {
                     block::<bf16, FMA>(&values[row * depth..], x, depth, left, out, row)
                 }
                 Values::F16(_) | Values::Nf4(_) => {
-                    let values = weight.row(row, 0..depth, self.buffer);
+                    let values = weight.row(row, 0..depth, &mut buffer);
                     block::<f32, FMA>(values, x, depth, 1, out, row)
                 }
             };

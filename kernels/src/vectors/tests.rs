@@ -96,7 +96,22 @@ impl Weights {
 
 fn product(weight: Matrix<'_>, x: &[f32], rounded: bool) -> Vec<f32> {
     let mut out = vec![f32::NAN; x.len() / weight.depth() * weight.height()];
-    vector_products(vec![VectorProduct {
+    let all = vec![VectorProduct {
+        weight,
+        x,
+        rounded,
+        out: &mut out,
+    }];
+    Team::gather(|team| vector_products(team, all));
+    out
+}
+
+/// [`product`] or [`many`].
+type Way = fn(Matrix<'_>, &[f32], bool) -> Vec<f32>;
+
+fn many(weight: Matrix<'_>, x: &[f32], rounded: bool) -> Vec<f32> {
+    let mut out = vec![f32::NAN; x.len() / weight.depth() * weight.height()];
+    many_vector_products(vec![VectorProduct {
         weight,
         x,
         rounded,
@@ -126,6 +141,7 @@ fn products_are_those_of_a_plain_loop() {
                         let exact = plain(&same, x, height, depth);
                         let what = format!("{isa:?} {height} x {depth}, {vectors}, {rounded}");
                         close(&what, &out, &exact, 1e-4);
+                        close(&what, &many(weight, x, rounded), &exact, 1e-4);
                     }
                 }
             });
@@ -141,7 +157,10 @@ fn a_vector_does_not_depend_on_those_beside_it_nor_on_threads() {
         with_each(|isa| {
             for (stored, _) in weights.all() {
                 let weight = Matrix::new(stored, height, depth).unwrap();
-                for rounded in [false, true] {
+                let ways: [Way; 2] = [product, many];
+                for (rounded, product) in
+                    [false, true].into_iter().flat_map(|r| ways.map(|w| (r, w)))
+                {
                     let together = product(weight, &x, rounded);
                     let single = |x| product(weight, x, rounded);
                     let alone: Vec<f32> = x.chunks_exact(depth).flat_map(single).collect();
@@ -173,7 +192,7 @@ fn several_products_share_vectors_or_not() {
             rounded: false,
             out,
         });
-        vector_products(all.into());
+        Team::gather(|team| vector_products(team, all.into()));
         let halves: Vec<f32> = first.halves.iter().map(|x| x.to_f32()).collect();
         let what = format!("{isa:?}");
         close(&what, &outs[0], &plain(&first.floats, &a, 6, 64), 1e-4);

@@ -281,15 +281,20 @@ unsafe fn sums<A: Arithmetic, W: Weight<A>, const V: usize>(
         let mut x = job.x.as_ptr().add(first * job.stride);
         let mut sums = [[A::zero(); 2]; V];
         for block in 0..whole {
-            step::<A, W, V>(&mut sums, &w.block(row, block), x, job.stride);
+            let block = w.block(row, block);
+            // With few vectors the processor reads ahead well enough by itself, and better undisturbed.
+            if V >= 4 {
+                W::prefetch(&block);
+            }
+            step::<A, W, V>(&mut sums, &block, x, job.stride);
             x = x.add(words);
         }
         if !job.depth.is_multiple_of(BLOCK) {
             let mut room = W::Room::default();
             step::<A, W, V>(&mut sums, &w.rest(row, &mut room), x, job.stride);
         }
-        for (v, [even, odd]) in sums.into_iter().enumerate() {
-            job.out.put(first + v, row, A::total(even) + A::total(odd));
+        for (v, total) in A::totals(sums).into_iter().enumerate() {
+            job.out.put(first + v, row, total);
         }
     }
 }

@@ -3,19 +3,21 @@
 //! A step reads every weight once for all sequences, keys and values are appended in place, and there are no tensors between the products.
 //! [`CausalLm::next_logits`] is the reference path; the two differ in the order of sums alone.
 
+mod projection;
+
 use std::borrow::Cow;
 use std::ops::Range;
 
 use candle_core::{DType, Result, Tensor, bail};
 use half::bf16;
 use pipeline_kernels::gated::Activation;
-use pipeline_kernels::matrix::Matrix;
-use pipeline_kernels::vectors::{self, Attention, Cached, VectorProduct, vector_products};
-use rayon::prelude::*;
+use pipeline_kernels::team::Team;
+use pipeline_kernels::vectors::{self, Attention, Cached};
 
-use super::weights::{BaseWeight, TensorView, activation};
+use self::projection::{Products, Projection, is_exact, values};
+use super::weights::activation;
 use crate::ml::backend::{self, Token};
-use crate::ml::model::linear::{Base, Linear, Pass};
+use crate::ml::model::linear::{Linear, Pass};
 use crate::ml::model::{CausalLm, Layer, Norm, angles, have_same_angles};
 
 /// Sequences that a model continues.
@@ -111,6 +113,9 @@ struct DecoderLayer<'a> {
     residual_scale: f32,
 }
 
+/// The rows that a norm takes at a time.
+const ROWS: usize = 8;
+
 /// An RMS norm of rows as long as its weight.
 struct RowNorm {
     weight: Vec<f32>,
@@ -126,94 +131,22 @@ impl RowNorm {
     }
 
     /// See [`vectors::rms_norm`].
-    fn apply(&self, x: &[f32]) -> Vec<f32> {
+    fn apply(&self, x: &[f32], products: &Products<'_>) -> Vec<f32> {
         let mut normed = vec![0.; x.len()];
-        vectors::rms_norm(x, &self.weight, self.eps as f32, &mut normed);
+        let size = self.weight.len() * ROWS;
+        products
+            .team
+            .share_chunks(&mut normed, size.max(1), |chunk, normed| {
+                let x = &x[chunk * size..][..normed.len()];
+                vectors::rms_norm(x, &self.weight, self.eps as f32, normed);
+            });
         normed
     }
 }
 
 /// `x` after a norm, if there is one.
-fn normed<'b>(x: &'b [f32], norm: Option<&RowNorm>) -> Cow<'b, [f32]> {
-    norm.map_or(Cow::Borrowed(x), |norm| Cow::Owned(norm.apply(x)))
-}
-
-/// Rows of `widths` together, as rows of their own for each of them.
-fn split<const N: usize>(rows: &[f32], widths: [usize; N]) -> [Vec<f32>; N] {
-    let total: usize = widths.iter().sum();
-    let mut first = 0;
-    widths.map(|width| {
-        let span = first..first + width;
-        first = span.end;
-        let rows = rows.chunks_exact(total.max(1));
-        rows.flat_map(|row| &row[span.clone()]).copied().collect()
-    })
-}
-
-struct Projection<'a> {
-    base: &'a Base,
-    pass: Pass,
-    out: usize,
-    bias: Option<Vec<f32>>,
-    pair: Option<Pair>,
-}
-
-/// Whether all values of the type `stored` are exact in the compute dtype.
-fn is_exact(stored: DType, compute: DType) -> bool {
-    stored == compute || compute == DType::F32 && matches!(stored, DType::BF16 | DType::F16)
-}
-
-/// A low-rank pair, rounded to the compute dtype.
-struct Pair {
-    a: Vec<f32>,
-    b: Vec<f32>,
-    r: usize,
-    scaling: f32,
-}
-
-/// A tensor's values, rounded to the compute dtype.
-fn values(tensor: &Tensor, compute: DType) -> Result<Vec<f32>> {
-    let rounded = tensor.to_dtype(compute)?.to_dtype(DType::F32)?;
-    rounded.flatten_all()?.to_vec1()
-}
-
-impl<'a> Projection<'a> {
-    fn new(linear: &'a Linear, pass: Pass) -> Result<Self> {
-        let (out, _) = match &linear.base {
-            Base::Dense(weight) => weight.stored(pass).dims2()?,
-            Base::Nf4(nf4) => nf4.shape,
-        };
-        let bias = linear.bias.as_ref();
-        let bias = bias.map(|bias| values(&bias.value(pass), DType::F32));
-        let pair = match &linear.lora {
-            Some(lora) if pass.adapter => Some(Pair {
-                a: values(&lora.a.value(pass), linear.compute)?,
-                b: values(&lora.b.value(pass), linear.compute)?,
-                r: lora.a.value(pass).dim(0)?,
-                scaling: lora.scaling as f32,
-            }),
-            _ => None,
-        };
-        Ok(Self {
-            base: &linear.base,
-            pass,
-            out,
-            bias: bias.transpose()?,
-            pair,
-        })
-    }
-
-    fn borrowed(&self) -> Result<BaseWeight<'a>> {
-        BaseWeight::borrow(self.base, self.pass)
-    }
-
-    /// Whether the kernels can read the weight as it is stored.
-    fn is_readable(&self, compute: DType) -> bool {
-        match self.base {
-            Base::Dense(weight) => is_exact(weight.stored(self.pass).dtype(), compute),
-            Base::Nf4(nf4) => compute == DType::F32 || nf4.dtype == compute,
-        }
-    }
+fn normed<'b>(x: &'b [f32], norm: Option<&RowNorm>, products: &Products<'_>) -> Cow<'b, [f32]> {
+    norm.map_or(Cow::Borrowed(x), |norm| Cow::Owned(norm.apply(x, products)))
 }
 
 impl<'a> DecoderLayer<'a> {
@@ -250,8 +183,8 @@ impl<'a> DecoderLayer<'a> {
     }
 
     /// Adds a block's result `y` to the hidden states `x`, after its norm and times its factor.
-    fn join(&self, x: &mut [f32], y: &[f32], norm: Option<&RowNorm>) {
-        let y = normed(y, norm);
+    fn join(&self, x: &mut [f32], y: &[f32], norm: Option<&RowNorm>, products: &Products<'_>) {
+        let y = normed(y, norm, products);
         for (x, y) in x.iter_mut().zip(y.iter()) {
             *x += y * self.residual_scale;
         }
@@ -340,106 +273,6 @@ impl<'a> Decoder<'a> {
         Ok(positions)
     }
 
-    fn round(&self, values: &mut [f32]) {
-        if self.rounded {
-            vectors::round_to_bf16(values);
-        }
-    }
-
-    /// `x` as a factor of a product, rounded if products are computed in bf16.
-    fn factor<'b>(&self, x: &'b [f32]) -> Cow<'b, [f32]> {
-        let mut x = Cow::Borrowed(x);
-        if self.rounded {
-            self.round(x.to_mut());
-        }
-        x
-    }
-
-    /// Applies projections to the same vectors (tokens, in). Each result is (tokens, width): that of a projection, or a part of that of a
-    /// single one.
-    fn parts<const N: usize>(
-        &self,
-        all: &[Projection<'_>],
-        x: &[f32],
-        widths: [usize; N],
-    ) -> Result<[Vec<f32>; N]> {
-        let outs = self.apply(all, x)?;
-        match (<[Vec<f32>; N]>::try_from(outs), widths) {
-            (Ok(outs), _) => Ok(outs),
-            (Err(outs), widths) => match &outs[..] {
-                [joined] => Ok(split(joined, widths)),
-                outs => bail!("{} projections for {N} results", outs.len()),
-            },
-        }
-    }
-
-    /// Applies projections to the same vectors (tokens, in). Each result is (tokens, out).
-    fn apply(&self, all: &[Projection<'_>], x: &[f32]) -> Result<Vec<Vec<f32>>> {
-        let x = self.factor(x);
-        let borrowed = all
-            .iter()
-            .map(Projection::borrowed)
-            .collect::<Result<Vec<_>>>()?;
-        let mut outs: Vec<Vec<f32>> = vec![Vec::new(); all.len()];
-        let mut lows = outs.clone();
-        let mut products = Vec::with_capacity(2 * all.len());
-        let mut count = 0;
-        for (((one, borrowed), out), low) in all.iter().zip(&borrowed).zip(&mut outs).zip(&mut lows)
-        {
-            let weight = borrowed.matrix()?;
-            count = x.len() / weight.depth().max(1);
-            if let Some(pair) = &one.pair {
-                low.resize(count * pair.r, 0.);
-                products.push(VectorProduct {
-                    weight: dense(&pair.a, pair.r, weight.depth())?,
-                    x: &x,
-                    rounded: self.rounded,
-                    out: low,
-                });
-            }
-            out.resize(count * one.out, 0.);
-            products.push(VectorProduct {
-                weight,
-                x: &x,
-                rounded: self.rounded,
-                out,
-            });
-        }
-        vector_products(products);
-        let mut highs: Vec<Vec<f32>> = vec![Vec::new(); all.len()];
-        let mut products = Vec::new();
-        for (((one, low), high), out) in all.iter().zip(&mut lows).zip(&mut highs).zip(&mut outs) {
-            self.round(out);
-            if let Some(bias) = &one.bias {
-                for out in out.chunks_exact_mut(bias.len().max(1)) {
-                    add(out, bias);
-                }
-            }
-            if let Some(pair) = &one.pair {
-                self.round(low);
-                high.resize(count * one.out, 0.);
-                products.push(VectorProduct {
-                    weight: dense(&pair.b, one.out, pair.r)?,
-                    x: low,
-                    rounded: self.rounded,
-                    out: high,
-                });
-            }
-        }
-        if !products.is_empty() {
-            vector_products(products);
-        }
-        for ((one, high), out) in all.iter().zip(&mut highs).zip(&mut outs) {
-            if let Some(pair) = &one.pair {
-                self.round(high);
-                for (out, high) in out.iter_mut().zip(high) {
-                    *out += *high * pair.scaling;
-                }
-            }
-        }
-        Ok(outs)
-    }
-
     /// Applies a rotary embedding, if there is one, to rows of `row` values, one for each of `positions`.
     fn rotate(&self, rope: Option<usize>, rows: &mut [f32], row: usize, positions: &[usize]) {
         let (width, pairs) = (self.model.arch.head_dim, self.model.arch.rotary_dim / 2);
@@ -455,6 +288,7 @@ impl<'a> Decoder<'a> {
     /// The attention of each token to its sequence up to itself: (tokens, heads * width).
     fn attention(
         &self,
+        products: &Products<'_>,
         number: usize,
         q: &[f32],
         tokens: &[Token],
@@ -463,39 +297,35 @@ impl<'a> Decoder<'a> {
         let layer = self.layers[number].layer;
         let (heads, width) = (layer.kv_heads, layer.head_dim);
         let group = layer.heads / heads.max(1) * width;
+        let rounded = products.rounded;
         let mut y = vec![0.; q.len()];
-        let attend = |(index, (out, query)): (usize, (&mut [f32], &[f32]))| {
+        products.team.share_chunks(&mut y, group, |index, out| {
             let (token, head) = (index / heads, index % heads);
             let entries = &self.sequences[tokens[token].sequence].cache[number * heads + head];
             let end = positions[token] + 1;
             let first = layer.window.map_or(0, |window| end.saturating_sub(window));
             let (keys, values) = entries.span(first * width..end * width);
             let attention = Attention {
-                query,
+                query: &q[index * group..][..group],
                 keys,
                 values,
                 out,
                 softcap: self.layers[number].softcap,
-                rounded: self.rounded,
+                rounded,
             };
             attention.compute(width);
-        };
-        let most = layer.window.unwrap_or(usize::MAX);
-        let seen = positions.iter().map(|position| (position + 1).min(most));
-        let seen: usize = seen.sum();
-        if seen * layer.heads * width < PARALLEL {
-            let parts = y.chunks_exact_mut(group).zip(q.chunks_exact(group));
-            parts.enumerate().for_each(attend);
-        } else {
-            let parts = y.par_chunks_exact_mut(group).zip(q.par_chunks_exact(group));
-            parts.enumerate().for_each(attend);
-        }
+        });
+        products.round(&mut y);
         y
     }
-}
 
-impl backend::Decoder for Decoder<'_> {
-    fn step(&mut self, tokens: &[Token], wanted: &[usize]) -> Result<Vec<f32>> {
+    /// [`backend::Decoder::step`] with a way to compute products.
+    fn step_with(
+        &mut self,
+        products: &Products<'_>,
+        tokens: &[Token],
+        wanted: &[usize],
+    ) -> Result<Vec<f32>> {
         let hidden = self.model.arch.hidden_size;
         let positions = self.positions_(tokens)?;
         let ids: Vec<u32> = tokens.iter().map(|token| token.id).collect();
@@ -504,20 +334,20 @@ impl backend::Decoder for Decoder<'_> {
         for number in 0..self.layers.len() {
             let weights = &self.layers[number];
             let layer = weights.layer;
-            let input = normed(&x, weights.input_norm.as_ref());
+            let input = normed(&x, weights.input_norm.as_ref(), products);
             let (heads, width) = (layer.kv_heads, layer.head_dim);
             let widths = [layer.heads * width, heads * width, heads * width];
-            let [mut q, mut k, mut v] = self.parts(&weights.qkv, &input, widths)?;
+            let [mut q, mut k, mut v] = products.parts(&weights.qkv, &input, widths)?;
             for (x, norm) in [(&mut q, &weights.q_norm), (&mut k, &weights.k_norm)] {
                 if let Some(norm) = norm {
-                    *x = norm.apply(x);
+                    *x = norm.apply(x, products);
                 }
             }
             self.rotate(layer.rope, &mut q, layer.heads * width, &positions);
             vectors::scale(&mut q, layer.score_scale as f32);
             self.rotate(layer.rope, &mut k, heads * width, &positions);
             for values in [&mut q, &mut k, &mut v] {
-                self.round(values);
+                products.round(values);
             }
             let entries = k.chunks_exact(width).zip(v.chunks_exact(width));
             for (index, (key, value)) in entries.enumerate() {
@@ -525,17 +355,20 @@ impl backend::Decoder for Decoder<'_> {
                 let sequence = &mut self.sequences[tokens[token].sequence];
                 sequence.cache[number * heads + head].push(key, value);
             }
-            let mut y = self.attention(number, &q, tokens, &positions);
-            self.round(&mut y);
+            let y = self.attention(products, number, &q, tokens, &positions);
             let weights = &self.layers[number];
-            let [y] = self.parts(std::slice::from_ref(&weights.o), &y, [hidden])?;
-            weights.join(&mut x, &y, weights.post_attention_norm.as_ref());
-            let input = normed(&x, weights.pre_feedforward_norm.as_ref());
+            let [y] = products.parts(std::slice::from_ref(&weights.o), &y, [hidden])?;
+            weights.join(&mut x, &y, weights.post_attention_norm.as_ref(), products);
+            let input = normed(&x, weights.pre_feedforward_norm.as_ref(), products);
             let widths = [self.model.arch.intermediate_size; 2];
-            let [mut gate, up] = self.parts(&weights.gate_up, &input, widths)?;
-            vectors::gated_unit(weights.activation, &mut gate, &up);
-            let [y] = self.parts(std::slice::from_ref(&weights.down), &gate, [hidden])?;
-            weights.join(&mut x, &y, weights.post_feedforward_norm.as_ref());
+            let [mut gate, up] = products.parts(&weights.gate_up, &input, widths)?;
+            let width = self.model.arch.intermediate_size;
+            products.team.share_chunks(&mut gate, width, |token, gate| {
+                let up = &up[token * width..][..width];
+                vectors::gated_unit(weights.activation, gate, up);
+            });
+            let [y] = products.parts(std::slice::from_ref(&weights.down), &gate, [hidden])?;
+            weights.join(&mut x, &y, weights.post_feedforward_norm.as_ref(), products);
         }
         for token in tokens {
             self.sequences[token.sequence].length += 1;
@@ -547,21 +380,36 @@ impl backend::Decoder for Decoder<'_> {
                 None => bail!("token {index} of {} is wanted", tokens.len()),
             }
         }
-        let last = self.norm.apply(&last);
-        let head = TensorView::tensor(self.model.head().stored(self.pass));
-        let mut logits = vec![0.; wanted.len() * self.model.arch.vocab_size];
-        vector_products(vec![VectorProduct {
-            weight: head.matrix()?,
-            x: &self.factor(&last),
-            rounded: self.rounded,
-            out: &mut logits,
-        }]);
-        self.round(&mut logits);
+        let last = self.norm.apply(&last, products);
+        let mut logits = products.head(self.model.head(), self.pass, &last)?;
         vectors::scale(&mut logits, self.model.arch.logit_scale as f32);
         if let Some(cap) = self.model.arch.logit_softcap {
             vectors::soft_cap(&mut logits, cap as f32);
         }
         Ok(logits)
+    }
+}
+
+impl backend::Decoder for Decoder<'_> {
+    fn step(&mut self, tokens: &[Token], wanted: &[usize]) -> Result<Vec<f32>> {
+        let rounded = self.rounded;
+        Team::gather(|team| {
+            let products = Products {
+                team,
+                rounded,
+                many: false,
+            };
+            self.step_with(&products, tokens, wanted)
+        })
+    }
+
+    fn prompt(&mut self, tokens: &[Token], wanted: &[usize]) -> Result<Vec<f32>> {
+        let products = Products {
+            team: &Team::pool(),
+            rounded: self.rounded,
+            many: true,
+        };
+        self.step_with(&products, tokens, wanted)
     }
 
     fn truncate(&mut self, text: usize, length: usize) -> Result<()> {
@@ -575,21 +423,5 @@ impl backend::Decoder for Decoder<'_> {
             entries.truncate(length * width);
         }
         Ok(())
-    }
-}
-
-/// The number of multiplications of queries and keys from which on other threads are used.
-const PARALLEL: usize = 1 << 17;
-
-fn dense(values: &[f32], rows: usize, columns: usize) -> Result<Matrix<'_>> {
-    match Matrix::f32(values, rows, columns) {
-        Some(matrix) => Ok(matrix),
-        None => bail!("a pair has not ({rows}, {columns}) values"),
-    }
-}
-
-fn add(x: &mut [f32], y: &[f32]) {
-    for (x, y) in x.iter_mut().zip(y) {
-        *x += y;
     }
 }

@@ -1,6 +1,9 @@
 //! The two ends of a model, embeddings and head, with and without LoRA pairs.
 
-use candle_core::{D, DType, Result, Tensor};
+use candle_core::{CpuStorage, D, DType, Result, Storage, Tensor, bail};
+use pipeline_kernels::FloatType;
+use pipeline_kernels::matrix::{Matrix, Values};
+use pipeline_kernels::reduce::column_sums;
 
 use super::CausalLm;
 use super::autograd::matmul_rows;
@@ -40,9 +43,15 @@ impl CausalLm {
     /// # Errors
     /// Its weight can't be converted.
     pub fn column_sum(&self, pass: Pass) -> Result<Tensor> {
-        let total = match &self.frozen_column_sum {
-            Some(sum) => sum.clone(),
-            None => self.sum_of_rows(&self.head().value(pass))?,
+        let total = if let Some(sum) = self.frozen_column_sum.get() {
+            sum.clone()
+        } else {
+            let sum = self.sum_of_rows(self.head().stored(pass))?;
+            if self.head().is_frozen() {
+                // Another thread may have set the same.
+                let _ = self.frozen_column_sum.set(sum.clone());
+            }
+            sum
         };
         match self.head_lora.as_ref().filter(|_| pass.adapter) {
             Some(lora) => Tensor::cat(&[total, self.sum_of_rows(&lora.b.value(pass))?], 0),
@@ -50,16 +59,33 @@ impl CausalLm {
         }
     }
 
-    /// Sums rows in parts, because the whole weight in f64 would be the largest tensor of all.
+    /// The sum of a weight's rows in f64, each value rounded to the compute dtype.
     fn sum_of_rows(&self, weight: &Tensor) -> Result<Tensor> {
         let (rows, columns) = weight.dims2()?;
-        let mut total = Tensor::zeros(columns, DType::F64, &self.device)?;
-        for start in (0..rows).step_by(1 << 12) {
-            let part = weight.narrow(0, start, (rows - start).min(1 << 12))?;
-            let part = part.to_dtype(self.compute)?.to_dtype(DType::F64)?;
-            total = (total + part.sum(0)?)?;
-        }
-        Ok(total)
+        let weight = weight.contiguous()?;
+        let (storage, layout) = weight.storage_and_layout();
+        let span = layout.contiguous_offsets();
+        let values = match (&*storage, span) {
+            (Storage::Cpu(CpuStorage::F32(all)), Some((start, end))) => {
+                all.get(start..end).map(Values::F32)
+            }
+            (Storage::Cpu(CpuStorage::BF16(all)), Some((start, end))) => {
+                all.get(start..end).map(Values::Bf16)
+            }
+            (Storage::Cpu(CpuStorage::F16(all)), Some((start, end))) => {
+                all.get(start..end).map(Values::F16)
+            }
+            _ => None,
+        };
+        let Some(matrix) = values.and_then(|values| Matrix::new(values, rows, columns)) else {
+            bail!("the rows of a head of {:?} can't be summed", weight.dtype())
+        };
+        let rounding = match self.compute {
+            DType::BF16 => FloatType::Bf16,
+            DType::F16 => FloatType::F16,
+            _ => FloatType::F32,
+        };
+        Tensor::from_vec(column_sums(&matrix, rounding), columns, &self.device)
     }
 
     /// Takes the trained rows of embeddings and head over into them, which has to be done before a pass.

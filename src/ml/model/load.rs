@@ -1,14 +1,14 @@
 //! Loads a [`CausalLm`] from the tensors of a model folder and the pairs of an adapter.
 
 use std::collections::BTreeSet;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use anyhow::Context as _;
 use candle_core::{DType, Device, Tensor, Var};
 
 use super::super::adapter::{Adapter, DELTA, LoraPair, Selection, TokenRows};
 use super::arch::{Arch, Projection};
-use super::linear::{Base, Linear, Lora, Pass, ReplacedRows, Weight};
+use super::linear::{Base, Linear, Lora, ReplacedRows, Weight};
 use super::tensors::{
     EMBED_TOKENS, EMBEDDINGS, ENDS, HEAD, LM_HEAD, Module, NormKind, Role, SCORE, bias_name,
     layer_norms, module_path, modules, norm_path, norm_shape, projection_path, weight_name,
@@ -480,7 +480,7 @@ impl CausalLm {
             trained == Trained::Nothing || !parameters.is_empty(),
             "there is nothing to train"
         );
-        let mut model = Self {
+        Ok(Self {
             arch: arch.clone(),
             parameters,
             device: device.clone(),
@@ -491,12 +491,8 @@ impl CausalLm {
             embed_lora,
             head_lora,
             compute,
-            frozen_column_sum: None,
-        };
-        if model.head().is_frozen() {
-            model.frozen_column_sum = Some(model.column_sum(Pass::BASE)?);
-        }
-        Ok(model)
+            frozen_column_sum: OnceLock::new(),
+        })
     }
 }
 

@@ -1,16 +1,18 @@
 //! Sums of products in registers, and the conversion of stored weights to what is multiplied there.
 
 use std::arch::x86_64::{
-    __m256, __m256i, __m512, __m512bh, __m512i, _mm_loadl_epi64, _mm_loadu_si128, _mm256_add_epi32,
-    _mm256_and_si256, _mm256_blendv_ps, _mm256_castps_si256, _mm256_castsi256_ps,
-    _mm256_cvtepu8_epi32, _mm256_fmadd_ps, _mm256_loadu_ps, _mm256_loadu_si256, _mm256_mul_ps,
-    _mm256_permutevar8x32_ps, _mm256_set1_epi32, _mm256_set1_ps, _mm256_setzero_ps,
-    _mm256_slli_epi32, _mm256_srli_epi32, _mm256_storeu_ps, _mm512_add_epi32, _mm512_and_si512,
-    _mm512_broadcast_i64x4, _mm512_castps_si512, _mm512_castsi512_ps, _mm512_cvtepu8_epi16,
-    _mm512_cvtepu8_epi32, _mm512_cvtneps_pbh, _mm512_cvtph_ps, _mm512_cvtps_ph, _mm512_dpbf16_ps,
-    _mm512_fmadd_ps, _mm512_loadu_ps, _mm512_loadu_si512, _mm512_mul_ps, _mm512_permutexvar_epi16,
+    __m256, __m256i, __m512, __m512bh, __m512i, _MM_HINT_T0, _mm_loadl_epi64, _mm_loadu_si128,
+    _mm_prefetch, _mm256_add_epi32, _mm256_and_si256, _mm256_blendv_ps, _mm256_castps_si256,
+    _mm256_castsi256_ps, _mm256_cvtepu8_epi32, _mm256_fmadd_ps, _mm256_loadu_ps,
+    _mm256_loadu_si256, _mm256_mul_ps, _mm256_permutevar8x32_ps, _mm256_set1_epi32, _mm256_set1_ps,
+    _mm256_setzero_ps, _mm256_slli_epi32, _mm256_srli_epi32, _mm256_storeu_ps, _mm512_add_epi32,
+    _mm512_add_ps, _mm512_and_si512, _mm512_broadcast_i64x4, _mm512_castpd_ps, _mm512_castps_pd,
+    _mm512_castps_si512, _mm512_castsi512_ps, _mm512_cvtepu8_epi16, _mm512_cvtepu8_epi32,
+    _mm512_cvtneps_pbh, _mm512_cvtph_ps, _mm512_cvtps_ph, _mm512_dpbf16_ps, _mm512_fmadd_ps,
+    _mm512_loadu_ps, _mm512_loadu_si512, _mm512_mul_ps, _mm512_permutexvar_epi16,
     _mm512_permutexvar_ps, _mm512_reduce_add_ps, _mm512_set1_epi32, _mm512_set1_ps,
-    _mm512_setzero_ps, _mm512_slli_epi32, _mm512_srli_epi16, _mm512_srli_epi32,
+    _mm512_setzero_ps, _mm512_shuffle_f32x4, _mm512_shuffle_ps, _mm512_slli_epi32,
+    _mm512_srli_epi16, _mm512_srli_epi32, _mm512_storeu_ps, _mm512_unpackhi_pd, _mm512_unpacklo_pd,
 };
 
 use half::bf16;
@@ -34,6 +36,16 @@ pub(super) trait Arithmetic {
     unsafe fn load(x: *const u32) -> Self::Factors;
     unsafe fn add(sum: Self::Sum, a: Self::Factors, b: Self::Factors) -> Self::Sum;
     unsafe fn total(sum: Self::Sum) -> f32;
+    /// The sum of both registers' lanes, for each of `V` pairs: each is [`Arithmetic::total`] of one plus that of the other.
+    #[inline(always)]
+    unsafe fn totals<const V: usize>(sums: [[Self::Sum; 2]; V]) -> [f32; V] {
+        let mut totals = [0.; V];
+        for (total, [even, odd]) in totals.iter_mut().zip(sums) {
+            // SAFETY: see the trait.
+            *total = unsafe { Self::total(even) + Self::total(odd) };
+        }
+        totals
+    }
 }
 
 /// 512-bit registers of 16 floats.
@@ -71,6 +83,12 @@ impl Arithmetic for Floats512 {
         // SAFETY: see the trait.
         unsafe { _mm512_reduce_add_ps(sum) }
     }
+
+    #[inline(always)]
+    unsafe fn totals<const V: usize>(sums: [[__m512; 2]; V]) -> [f32; V] {
+        // SAFETY: see the trait.
+        unsafe { totals512(sums) }
+    }
 }
 
 impl Arithmetic for Pairs512 {
@@ -104,6 +122,66 @@ impl Arithmetic for Pairs512 {
         // SAFETY: see the trait.
         unsafe { _mm512_reduce_add_ps(sum) }
     }
+
+    #[inline(always)]
+    unsafe fn totals<const V: usize>(sums: [[__m512; 2]; V]) -> [f32; V] {
+        // SAFETY: see the trait.
+        unsafe { totals512(sums) }
+    }
+}
+
+/// [`Arithmetic::totals`]. Those of eight vectors are added up together: registers are added to each other half by half as
+/// `_mm512_reduce_add_ps` adds each of them, in a third of the instructions.
+///
+/// # Safety
+/// The processor has AVX-512.
+#[inline(always)]
+unsafe fn totals512<const V: usize>(sums: [[__m512; 2]; V]) -> [f32; V] {
+    let mut totals = [0.; V];
+    // SAFETY: the caller has AVX-512.
+    unsafe {
+        if V != 8 {
+            for (total, [even, odd]) in totals.iter_mut().zip(sums) {
+                *total = _mm512_reduce_add_ps(even) + _mm512_reduce_add_ps(odd);
+            }
+            return totals;
+        }
+        let none = _mm512_setzero_ps();
+        // The halves of each register: its even sums in the lower half, its odd ones in the upper.
+        let mut halves = [none; 8];
+        for (half, [even, odd]) in halves.iter_mut().zip(sums) {
+            let lower = _mm512_shuffle_f32x4::<0x44>(even, odd);
+            let upper = _mm512_shuffle_f32x4::<0xee>(even, odd);
+            *half = _mm512_add_ps(lower, upper);
+        }
+        // Quarters: those of the even and odd sums of two vectors.
+        let mut quarters = [none; 4];
+        for (i, quarter) in quarters.iter_mut().enumerate() {
+            let [a, b] = [halves[2 * i], halves[2 * i + 1]];
+            let lower = _mm512_shuffle_f32x4::<0x88>(a, b);
+            let upper = _mm512_shuffle_f32x4::<0xdd>(a, b);
+            *quarter = _mm512_add_ps(lower, upper);
+        }
+        let mut eighths = [none; 2];
+        for (i, eighth) in eighths.iter_mut().enumerate() {
+            let [a, b] = [quarters[2 * i], quarters[2 * i + 1]].map(|x| _mm512_castps_pd(x));
+            let lower = _mm512_castpd_ps(_mm512_unpacklo_pd(a, b));
+            let upper = _mm512_castpd_ps(_mm512_unpackhi_pd(a, b));
+            *eighth = _mm512_add_ps(lower, upper);
+        }
+        let [a, b] = eighths;
+        let lower = _mm512_shuffle_ps::<0x88>(a, b);
+        let upper = _mm512_shuffle_ps::<0xdd>(a, b);
+        // By quarters: the even sums of vectors 0, 2, 4 and 6, their odd ones, and the same of vectors 1, 3, 5 and 7.
+        let all = _mm512_add_ps(lower, upper);
+        let other = _mm512_shuffle_f32x4::<0xb1>(all, all);
+        let mut lanes = [0f32; 16];
+        _mm512_storeu_ps(lanes.as_mut_ptr(), _mm512_add_ps(all, other));
+        for (v, total) in totals.iter_mut().enumerate() {
+            *total = lanes[v % 2 * 8 + v / 2];
+        }
+    }
+    totals
 }
 
 impl Arithmetic for Floats256 {
@@ -154,6 +232,21 @@ pub(super) trait Weight<A: Arithmetic>: Copy {
     /// The weights of a row after its last whole block, copied to `room` and followed by zeros.
     unsafe fn rest(self, row: usize, room: &mut Self::Room) -> Self::Block;
     unsafe fn pair(block: &Self::Block, pair: usize) -> [A::Factors; 2];
+    /// Asks for the weights a little behind a block, which will be needed soon.
+    fn prefetch(block: &Self::Block);
+}
+
+/// How many bytes ahead of those in use a weight is asked for.
+const AHEAD: usize = 2048;
+
+/// Asks for the cache lines of `BYTES` bytes that lie [`AHEAD`] of an address. What does not exist there is not asked for.
+#[inline(always)]
+fn prefetch<const BYTES: usize>(from: *const u8) {
+    for line in 0..BYTES.div_ceil(64) {
+        let address = from.wrapping_add(AHEAD + line * 64);
+        // SAFETY: every address may be asked for, and every x86-64 processor has the instruction.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(address.cast()) };
+    }
 }
 
 /// A weight that is not quantised: the address of its first value, and its depth.
@@ -206,6 +299,11 @@ macro_rules! dense {
             unsafe fn block(self, row: usize, block: usize) -> *const $stored {
                 // SAFETY: see the trait.
                 unsafe { self.at(row, block) }
+            }
+
+            #[inline(always)]
+            fn prefetch(block: &*const $stored) {
+                prefetch::<{ BLOCK * size_of::<$stored>() }>(block.cast());
             }
 
             #[inline(always)]
@@ -354,6 +452,11 @@ impl<const ROUNDING: u8> Weight<Floats512> for Codes<ROUNDING> {
     }
 
     #[inline(always)]
+    fn prefetch((codes, _): &Self::Block) {
+        prefetch::<{ BLOCK / 2 }>(*codes);
+    }
+
+    #[inline(always)]
     unsafe fn pair((codes, numbers): &Self::Block, pair: usize) -> [__m512; 2] {
         // SAFETY: 16 of the block's 32 bytes; see the trait.
         unsafe {
@@ -391,6 +494,11 @@ impl Weight<Pairs512> for Codes<BF16> {
     }
 
     #[inline(always)]
+    fn prefetch((codes, _): &Self::Block) {
+        prefetch::<{ BLOCK / 2 }>(*codes);
+    }
+
+    #[inline(always)]
     unsafe fn pair((codes, numbers): &Self::Block, _: usize) -> [__m512i; 2] {
         // SAFETY: the block's 32 bytes; see the trait.
         unsafe {
@@ -423,6 +531,11 @@ impl<const ROUNDING: u8> Weight<Floats256> for Codes<ROUNDING> {
     unsafe fn rest(self, row: usize, (): &mut ()) -> Self::Block {
         // SAFETY: see the trait; rows are whole blocks, so that this is never called.
         unsafe { Weight::<Floats256>::block(self, row, 0) }
+    }
+
+    #[inline(always)]
+    fn prefetch((codes, _): &Self::Block) {
+        prefetch::<{ BLOCK / 2 }>(*codes);
     }
 
     #[inline(always)]
