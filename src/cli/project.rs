@@ -464,11 +464,12 @@ pub(super) fn own_store(
     Ok(store)
 }
 
-/// Where files are. A file that many stages read is looked for once.
+/// Where files are: those written in a recipe start at its folder, those of `--set` at the current one. A file that many stages read is
+/// looked for once.
 struct Located<'a> {
     recipe: &'a Recipe,
     here: &'a Path,
-    /// The paths found, by the recipe's file that a path is written in and the path as it is written there.
+    /// The paths found, by the file as it is written and where that is.
     found: BTreeMap<(Option<usize>, &'a str), PathBuf>,
 }
 
@@ -481,16 +482,13 @@ impl<'a> Located<'a> {
         }
     }
 
-    /// The paths of the files of a stage, as they are written: those written in a recipe start at its folder, those of `--set` at the
-    /// current one.
+    /// The paths of the files of a stage, as they are written.
     fn sources(&mut self, stage: &'a RecipeStage) -> BTreeMap<String, PathBuf> {
         let mut paths = BTreeMap::new();
         for file in &stage.files {
+            let start = || confine::start(self.recipe, file, self.here);
             let path = self.found.entry((file.start, file.path.as_str()));
-            let path = path.or_insert_with(|| {
-                let start = confine::start(self.recipe, file, self.here);
-                real(&normal(&start.join(&file.path)))
-            });
+            let path = path.or_insert_with(|| real(&normal(&start().join(&file.path))));
             paths.insert(file.path.clone(), path.clone());
         }
         paths
