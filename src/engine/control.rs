@@ -12,6 +12,8 @@ use super::Span;
 #[derive(Debug, Clone, Default)]
 pub struct Control {
     cancel: Arc<AtomicBool>,
+    /// Stops this part of the stage alone.
+    own: Option<Arc<AtomicBool>>,
     /// When the stage has to be done, and how long it had.
     deadline: Option<(Instant, Span)>,
 }
@@ -20,7 +22,19 @@ impl Control {
     /// Stops when `cancel` is set, or when `timeout` from now is over.
     pub fn new(cancel: Arc<AtomicBool>, timeout: Option<Span>) -> Self {
         let deadline = timeout.and_then(|span| Some((Instant::now().checked_add(span.0)?, span)));
-        Self { cancel, deadline }
+        Self {
+            cancel,
+            own: None,
+            deadline,
+        }
+    }
+
+    /// The same for a part of the stage, which `own` stops, too.
+    pub(super) fn or(&self, own: Arc<AtomicBool>) -> Self {
+        Self {
+            own: Some(own),
+            ..self.clone()
+        }
     }
 
     /// Makes the stage stop.
@@ -30,7 +44,9 @@ impl Control {
 
     /// An error when the stage has to stop.
     pub fn check(&self) -> anyhow::Result<()> {
-        if self.cancel.load(Ordering::Relaxed) {
+        let own = self.own.as_ref();
+        if self.cancel.load(Ordering::Relaxed) || own.is_some_and(|own| own.load(Ordering::Relaxed))
+        {
             bail!("interrupted");
         }
         match self.deadline {

@@ -3,6 +3,8 @@
 
 mod child_process;
 mod in_process;
+mod launch;
+mod sharded;
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -19,6 +21,9 @@ pub(super) use child_process::CANCEL;
 pub use child_process::ChildProcess;
 pub use in_process::InProcess;
 pub(super) use in_process::run_task;
+pub(super) use launch::command as launched;
+pub use launch::prefix;
+pub(super) use sharded::execute as execute_sharded;
 
 /// What a successful stage returns besides the files in its output folder.
 #[derive(Debug, Default)]
@@ -52,9 +57,10 @@ impl Executors {
     /// Executors of stages of these kinds. `program` is this program, to be started as `program work`; without it all stages run in
     /// this process.
     pub fn new(kinds: &'static [Kind], env: Arc<RunEnv>, program: Option<PathBuf>) -> Self {
+        let lookup = env.lookup;
         Self {
             in_process: InProcess::new(kinds, env),
-            child_process: program.map(ChildProcess::new),
+            child_process: program.map(|program| ChildProcess::new(program, lookup)),
         }
     }
 

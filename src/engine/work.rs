@@ -1,7 +1,9 @@
 //! A process that runs one task, for an executor that started it.
 
 use std::io::{BufRead, Write};
+use std::num::NonZeroUsize;
 use std::path::Path;
+use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::channel;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -12,7 +14,8 @@ use rayon::ThreadPoolBuilder;
 
 use super::control::Control;
 use super::event::{EVENT_VERSION, Event};
-use super::executor::{CANCEL, TaskResult, run_task};
+pub use super::executor::prefix;
+use super::executor::{CANCEL, TaskResult, launched, run_task};
 use super::stage_events::StageEvents;
 use super::task::{Lasting, Task, causes, is_full, short};
 use super::threads;
@@ -35,6 +38,43 @@ pub fn catch_panics() {
         let place = panic.location().map(|place| (place.file(), place.line()));
         *PANIC.lock().unwrap_or_else(PoisonError::into_inner) = Some(in_words(text, place));
     }));
+}
+
+/// The error of the last panic, and of a stage that panicked.
+pub fn panicked() -> anyhow::Error {
+    let panic = PANIC.lock().unwrap_or_else(PoisonError::into_inner).take();
+    anyhow!(panic.unwrap_or_else(|| in_words("no message", None)))
+}
+
+/// The line that tells an executor how a task failed, behind the end of whatever line another process is in the middle of.
+pub fn failure(error: &anyhow::Error) -> Vec<u8> {
+    let mut line = vec![b'\n'];
+    failed(error).write_line(&mut line);
+    line
+}
+
+fn failed(error: &anyhow::Error) -> Event {
+    Event::WorkFailed {
+        causes: causes(error),
+        disk_full: is_full(error),
+        lasting: error.is::<Lasting>(),
+    }
+}
+
+/// The command that starts the processes of a task whose file is at `path`, and the program that it is; `None` for a task of one process.
+/// `lookup` reads the environment.
+pub fn launcher(
+    task: &Task,
+    path: &Path,
+    program: &Path,
+    lookup: fn(&str) -> Option<String>,
+) -> Option<(&'static str, Command)> {
+    let processes = task.processes.map_or(1, NonZeroUsize::get);
+    (processes > 1).then(|| {
+        let (launcher, mut command) = launched(program, processes, Some(lookup));
+        command.args(["work", "--member"]).arg(path);
+        (launcher, command)
+    })
 }
 
 /// Makes this process end with the one that started it. Called before anything else.
@@ -60,13 +100,17 @@ pub struct Work {
     pub exit: fn() -> !,
 }
 
+/// Reads the text of a task: the first line of `orders`, whose other lines are orders.
+pub fn text_of_orders(orders: &mut dyn BufRead) -> anyhow::Result<Vec<u8>> {
+    let mut line = String::new();
+    let read = orders.read_line(&mut line);
+    read.context("could not read the task")?;
+    Ok(line.into_bytes())
+}
+
 /// Reads a task: from the first line of `orders`, whose other lines are orders, or from a file.
 pub fn read_task(orders: &mut dyn BufRead) -> anyhow::Result<Task> {
-    let mut line = String::new();
-    orders
-        .read_line(&mut line)
-        .context("could not read the task")?;
-    Task::read(line.as_bytes())
+    Task::read(&text_of_orders(orders)?)
 }
 
 /// Reads a task from a file.
@@ -153,11 +197,7 @@ impl Work {
         let succeeded = result.is_ok();
         let last = match result {
             Ok(TaskResult { notes, written }) => Event::WorkDone { notes, written },
-            Err(error) => Event::WorkFailed {
-                causes: causes(&error),
-                disk_full: is_full(&error),
-                lasting: error.is::<Lasting>(),
-            },
+            Err(error) => failed(&error),
         };
         write(&output, &last);
         Ok(succeeded)
@@ -182,12 +222,6 @@ fn write(output: &Output, event: &Event) {
     let mut output = output.lock().unwrap_or_else(PoisonError::into_inner);
     // Without a listener this process is about to end.
     let _ = output.write_all(&line).and_then(|()| output.flush());
-}
-
-/// The error of a stage that panicked.
-fn panicked() -> anyhow::Error {
-    let panic = PANIC.lock().unwrap_or_else(PoisonError::into_inner).take();
-    anyhow!(panic.unwrap_or_else(|| in_words("no message", None)))
 }
 
 /// The error message for a panic. A panic in a library is blamed on its input, a panic in this program on a bug.

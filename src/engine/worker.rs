@@ -12,8 +12,9 @@ use anyhow::{Context as _, bail};
 use super::canonical::Digest;
 use super::control::Control;
 use super::event::{Event, send};
-use super::executor::TaskResult;
+use super::executor::{TaskResult, execute_sharded};
 use super::graph::Node;
+use super::part::Part;
 use super::plan::{Prepared, Session};
 use super::reason::Reason;
 use super::record::{FORMAT, Record};
@@ -230,7 +231,12 @@ impl Worker<'_, '_> {
             let events = Arc::new(StageEvents::new(self.events.clone()));
             let control = Control::new(Arc::clone(&self.cancel), node.handling.timeout);
             let executor = self.session.executors.for_stage(&node.handling.resources);
-            let result = executor.execute(&task, &events, &control);
+            let result = match node.handling.resources.shards {
+                Some(shards) if shards.get() > 1 => {
+                    execute_sharded(executor, &task, shards, &events, &control)
+                }
+                _ => executor.execute(&task, &events, &control),
+            };
             let mut result = result.and_then(|result| control.check().map(|()| result));
             if self.cancel.load(Ordering::Relaxed)
                 && let Err(error) = result
@@ -304,6 +310,8 @@ impl Worker<'_, '_> {
             exclusive: node.stage.exclusive(),
             offline: self.session.env.offline,
             cpus: resources.cpus,
+            processes: resources.processes,
+            part: Part::Whole,
             memory: memory(node.stage.bounded(), resources),
             gpus: self.gpus.clone(),
             device: node.handling.device,

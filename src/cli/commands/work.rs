@@ -2,6 +2,7 @@
 //! for a scheduler that starts this one it is a file. Events go to standard output, a line of JSON each. Not for people.
 
 use std::io::{BufReader, stdin, stdout};
+use std::os::unix::process::CommandExt as _;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -11,8 +12,29 @@ use pipeline_kernels::dispatch::{Isa, limit};
 
 use super::run::on_interrupt;
 use crate::cli::{Failure, project, variable};
-use crate::engine::work::{Orders, Work, catch_panics, end_with_parent, read_task, read_task_file};
+use crate::engine::work::{
+    Orders, Work, catch_panics, end_with_parent, launcher, read_task, read_task_file,
+};
 use crate::stages::KINDS;
+
+#[cfg(feature = "mpi")]
+mod member;
+
+/// One of the processes of a task, in a build that has no MPI.
+#[cfg(not(feature = "mpi"))]
+mod member {
+    use std::path::Path;
+
+    use crate::cli::Failure;
+
+    pub(super) fn run(_: Option<&Path>) -> Result<(), Failure> {
+        Err(anyhow::anyhow!(
+            "this build of pipeline has no MPI, which the processes of a task find each other by; hint: build it with \
+             `--features mpi` on every machine"
+        )
+        .into())
+    }
+}
 
 /// The variable with the largest instruction set that the kernels may use, to measure what another processor would do. It changes
 /// results by the order of sums at most, so no result is keyed by it.
@@ -22,10 +44,13 @@ const VARIABLE: &str = "PIPELINE_INSTRUCTION_SET";
 pub(in crate::cli) struct Args {
     /// The task, a JSON file [default: the first line of standard input]
     task: Option<PathBuf>,
+    /// Whether `mpirun` or `srun` started this process as one of several for the task
+    #[arg(long, hide = true)]
+    member: bool,
 }
 
 pub(in crate::cli) fn run(args: &Args) -> Result<(), Failure> {
-    if args.task.is_none() {
+    if args.task.is_none() || args.member {
         end_with_parent();
     }
     catch_panics();
@@ -33,6 +58,9 @@ pub(in crate::cli) fn run(args: &Args) -> Result<(), Failure> {
         let names = Isa::ALL.map(Isa::name).join(", ");
         let isa = Isa::named(&name);
         limit(isa.ok_or_else(|| anyhow!("{VARIABLE} is `{name}`; it is one of {names}"))?);
+    }
+    if args.member {
+        return member::run(args.task.as_deref());
     }
     let cancel = Arc::new(AtomicBool::new(false));
     let (task, orders) = match &args.task {
@@ -46,7 +74,16 @@ pub(in crate::cli) fn run(args: &Args) -> Result<(), Failure> {
             // A scheduler ends its jobs by a signal.
             let cancel = Arc::clone(&cancel);
             on_interrupt(move || cancel.store(true, Ordering::Relaxed))?;
-            (read_task_file(path)?, None)
+            let task = read_task_file(path)?;
+            let own = std::env::current_exe().map_err(anyhow::Error::from)?;
+            if let Some((launcher, mut command)) = launcher(&task, path, &own, variable) {
+                // This process becomes the one that starts the others; signals of the scheduler go to it.
+                let error = anyhow::Error::from(command.exec());
+                return Err(error
+                    .context(format!("could not start `{launcher}`"))
+                    .into());
+            }
+            (task, None)
         }
     };
     let work = Work {

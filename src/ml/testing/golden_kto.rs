@@ -13,6 +13,7 @@ use crate::ml::fused::Packing;
 use crate::ml::loss::kto::{Kto, LossType, pair_with_neighbours};
 use crate::ml::model::Trained;
 use crate::ml::model::batch::Row;
+use crate::ml::train::process_group::Alone;
 use crate::ml::train::{Every, Job, Passes, ReferenceModel, Settings};
 
 const KINDS: [Kind; 3] = [
@@ -145,7 +146,7 @@ fn compare(name: &str, kind: Kind, tolerance: Tolerance, precompute: bool) {
         };
         for rows in [&mut train_rows, &mut eval_rows] {
             passes
-                .precompute_reference(rows, 5, 1023, &mut |_| Ok(()))
+                .precompute_reference(rows, 5, 1023, &Alone, &mut |_| Ok(()))
                 .unwrap();
         }
         reference = ReferenceModel::Rows;
