@@ -61,15 +61,19 @@ pub(super) fn look_of_errors(stopping: Arc<AtomicBool>) -> Look {
 
 /// How events are shown on standard output, as lines.
 pub(super) fn look_of_output() -> Look {
-    let stdout = std::io::stdout();
-    let size = terminal_size::terminal_size_of(&stdout);
     Look {
-        color: AutoStream::choice(&stdout) != ColorChoice::Never,
+        color: AutoStream::choice(&std::io::stdout()) != ColorChoice::Never,
         unicode: is_unicode(),
         verbosity: verbosity(),
-        columns: size.map(|(columns, _)| usize::from(columns.0)),
+        columns: output_columns(),
         ..Look::default()
     }
+}
+
+/// The columns of the terminal that standard output is; `None` where it is none.
+pub(super) fn output_columns() -> Option<usize> {
+    let (columns, _) = terminal_size::terminal_size_of(std::io::stdout())?;
+    Some(usize::from(columns.0)).filter(|columns| *columns > 0)
 }
 
 /// The columns and lines of the terminal that standard error is.

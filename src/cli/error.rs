@@ -7,7 +7,7 @@ use unicode_width::UnicodeWidthChar as _;
 
 use super::variable;
 use crate::recipe::{RecipeError, RecipeErrors};
-use crate::report::style::{ERROR, HINT, PLACE, paint};
+use crate::report::style::{ERROR, HINT, PLACE, WARNING, paint};
 use crate::report::{harmless, steers};
 
 /// The columns of a source line where nobody says how wide the terminal is.
@@ -39,7 +39,12 @@ pub(super) fn plain(message: &str) -> String {
     sentence(&paint(ERROR, "error:"), message, columns())
 }
 
-/// The same with what to do.
+/// What people should know of, and which stops nothing.
+pub(super) fn warning(message: &str) -> String {
+    sentence(&paint(WARNING, "warning:"), message, columns())
+}
+
+/// The same as [`plain`] with what to do.
 pub(super) fn with_hint(message: &str, hint: &str) -> String {
     format!("{}{}", plain(message), hint_line(hint, columns()))
 }

@@ -28,7 +28,7 @@ use std::process::ExitCode;
 use clap::{CommandFactory as _, FromArgMatches as _, Parser, Subcommand};
 use serde::Serialize;
 
-use crate::report::style::{BOLD, WARNING, paint};
+use crate::report::style::{BOLD, paint};
 use crate::report::{harmless, harmless_json, steers};
 pub use commands::reference::reference;
 
@@ -271,11 +271,7 @@ fn eprint_rendered(text: &str) {
 
 /// Writes a warning to standard error.
 fn eprint_warning(text: &str) {
-    eprint_rendered(&format!(
-        "{} {}\n",
-        paint(WARNING, "warning:"),
-        harmless(text)
-    ));
+    eprint_rendered(&error::warning(text));
 }
 
 /// Whether there is such a command.

@@ -194,7 +194,9 @@ fn title(name: &str) -> (&str, usize) {
         "mean_token_accuracy" => "accuracy",
         name => name.rsplit('/').next().unwrap_or(name),
     };
-    (title, title.len().max(8))
+    // Margins can be negative.
+    let least = if title == "margins" { 9 } else { 8 };
+    (title, title.len().max(least))
 }
 
 #[cfg(test)]

@@ -116,13 +116,13 @@ pub(super) fn bytes_of(bytes: u64, of: u64) -> String {
     format!("{:.decimals$}", bytes as f64 / divisor)
 }
 
-/// A number with four significant digits.
+/// A number with four significant digits, in at most eight characters without its sign.
 pub(super) fn significant(value: f64) -> String {
     if value == 0.0 || !value.is_finite() {
         return format!("{value}");
     }
     let exponent = value.abs().log10().floor();
-    if (-4.0..5.0).contains(&exponent) {
+    if (-3.0..5.0).contains(&exponent) {
         let digits = (3.0 - exponent).max(0.0) as usize;
         return format!("{value:.digits$}");
     }
@@ -172,5 +172,12 @@ mod tests {
         assert_eq!(bytes_of(1_500_000, 20_000_000), "1.5");
         assert_eq!(significant(0.000_008), "8.000e-6");
         assert_eq!(significant(7.515_888), "7.516");
+        assert_eq!(significant(0.001_038), "0.001038");
+        assert_eq!(significant(-0.000_707_5), "-7.075e-4");
+        let mut value = 9.999_96e-9;
+        while value < 1e9 {
+            assert!(significant(value).len() <= 8, "{value}");
+            value *= 1.37;
+        }
     }
 }

@@ -28,7 +28,7 @@ pub(super) fn cut(text: &str, columns: usize) -> String {
 }
 
 /// The text in lines of at most so many columns, broken between words; words that are longer stay whole.
-pub(super) fn wrap(text: &str, columns: usize) -> Vec<String> {
+pub fn wrap(text: &str, columns: usize) -> Vec<String> {
     let mut lines = vec![String::new()];
     // The columns that are used of the last line, and whether it has a word.
     let (mut used, mut begun) = (0, false);

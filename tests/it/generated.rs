@@ -1,5 +1,6 @@
 //! Files that are made from the code are current. `UPDATE_GENERATED=1 cargo test generated` writes them anew.
 
+use std::collections::BTreeSet;
 use std::fs;
 
 use pipeline::stages::KINDS;
@@ -69,6 +70,37 @@ fn every_recipe_fits_the_schema() {
     let wrong: Value =
         serde_yaml::from_str("{version: 1, stages: {a: {merge: {modle: b}}}}").unwrap();
     assert!(!validator.is_valid(&wrong));
+}
+
+/// A strict reader refuses a keyword that nobody announced to it: `tests/python/check_schema.py` does.
+#[test]
+fn keywords_of_our_own_are_known_to_the_check_with_a_strict_reader() {
+    fn collect(value: &Value, found: &mut BTreeSet<String>) {
+        match value {
+            Value::Object(map) => map.iter().for_each(|(key, value)| {
+                if key.starts_with("x-") {
+                    found.insert(format!("\"{key}\""));
+                }
+                collect(value, found);
+            }),
+            Value::Array(values) => values.iter().for_each(|value| collect(value, found)),
+            _ => {}
+        }
+    }
+    let check = fs::read_to_string(repository().join("tests/python/check_schema.py")).unwrap();
+    let vocabulary = check
+        .lines()
+        .find(|line| line.starts_with("VOCABULARY = "))
+        .unwrap();
+    let mut found = BTreeSet::new();
+    collect(&serde_json::from_str(&files()[0].1).unwrap(), &mut found);
+    assert!(found.contains("\"x-artifact\""));
+    for keyword in found {
+        assert!(
+            vocabulary.contains(&keyword),
+            "{keyword} is not in {vocabulary}"
+        );
+    }
 }
 
 /// What a run really says.

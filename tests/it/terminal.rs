@@ -6,6 +6,7 @@ use serde_json::Value;
 
 use crate::support::heard::{Heard, ended};
 use crate::support::program::{Ended, Project, events};
+use crate::support::terminal::AtTerminal;
 
 const RECIPE: &str = "\
 version: 1
@@ -100,6 +101,26 @@ fn the_exit_code_of_a_plan_says_whether_there_is_something_to_do() {
         assert_eq!(absent.code, Some(1));
         contains(&absent.stdout, &["pairs.jsonl", "2 unknown"]);
     }
+}
+
+#[test]
+fn a_plan_at_a_terminal_is_wrapped_between_words() {
+    let project = small();
+    project.succeeds(&["run", "r.yaml"]);
+    let long = "max_rows: 4, columns: { prompt: prompt_of_a_row, chosen: chosen_of_a_row, rejected: rejected_of_a_row }";
+    project.write("r.yaml", &RECIPE.replace("max_rows: \"${most}\"", long));
+    let mut terminal = AtTerminal::start(&project, &["plan", "r.yaml"]);
+    let shown = terminal.wait_for(" to run, ");
+    assert_eq!(terminal.ended(), Some(0));
+    let shown = anstream::adapter::strip_str(&shown).to_string();
+    contains(&shown, &["rejected_of_a_row"]);
+    for line in shown.lines() {
+        assert!(line.chars().count() <= 80, "{line}");
+    }
+    // Standard output that is no terminal has each reason on one line.
+    let shown = project.succeeds(&["plan", "r.yaml"]);
+    let is_long = |line: &str| line.chars().count() > 80;
+    assert!(shown.lines().any(is_long), "{shown}");
 }
 
 #[test]

@@ -16,7 +16,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 SCHEMA = ROOT / "schemas/recipe.schema.json"
 # Keywords that are for editors and for this program, which a strict reader is told of.
-VOCABULARY = ["markdownDescription", "enumDescriptions", "markdownEnumDescriptions", "errorMessage", "x-artifact", "x-neutral"]
+VOCABULARY = ["markdownDescription", "enumDescriptions", "markdownEnumDescriptions", "errorMessage", "x-artifact", "x-collect", "x-neutral"]
 AJV = """
 const Ajv = require("ajv/dist/2020").default;
 const fs = require("fs");

@@ -7,13 +7,13 @@ use serde_json::{Value, json};
 use super::estimate::{estimates, shown};
 use super::run::{check_lock, warn_of_unused};
 use crate::cli::args::{RecipeArgs, StoreArgs};
-use crate::cli::console::verbosity;
+use crate::cli::console::{output_columns, verbosity};
 use crate::cli::project::Project;
 use crate::cli::remote::RemoteArgs;
 use crate::cli::{Failure, eprint_rendered, print_json, print_rendered};
 use crate::engine::{Forecast, Position, Reason, State, short};
 use crate::report::style::{BOLD, DIM, ERROR, GOOD, RUNS, WAITS, paint};
-use crate::report::{Verbosity, bytes, count, duration, thousands};
+use crate::report::{Verbosity, bytes, count, duration, harmless, thousands, wrap};
 
 #[derive(clap::Args)]
 pub(in crate::cli) struct Args {
@@ -79,9 +79,12 @@ fn plan(args: &Args) -> Result<(), Failure> {
         print_json(&planned.iter().map(Planned::json).collect::<Vec<_>>())?;
     } else {
         if verbosity() > Verbosity::Quiet {
-            print_rendered(&table(&planned));
+            let columns = output_columns();
+            print_rendered(&table(&planned, columns));
             if let Some(implied) = project.recipe.implied() {
-                print_rendered(&format!("{}\n", paint(DIM, &implied)));
+                for line in wrap(&implied, columns.unwrap_or(usize::MAX)) {
+                    print_rendered(&format!("{}\n", paint(DIM, &line)));
+                }
             }
         }
         print_rendered(&sum(&planned));
@@ -136,8 +139,11 @@ impl Planned<'_> {
     }
 }
 
-/// The lines of all stages.
-fn table(planned: &[Planned<'_>]) -> String {
+/// The columns below which reasons are not wrapped, because there is too little room for them.
+const LEAST_FOR_REASONS: usize = 24;
+
+/// The lines of all stages; reasons are wrapped between words where a terminal has `columns`.
+fn table(planned: &[Planned<'_>], columns: Option<usize>) -> String {
     let width = |of: fn(&Planned<'_>) -> usize| planned.iter().map(of).max().unwrap_or(0);
     let names = width(|planned| planned.name.chars().count());
     let kinds = width(|planned| planned.kind.chars().count());
@@ -174,22 +180,19 @@ fn table(planned: &[Planned<'_>]) -> String {
         }
         let margin = names + kinds + 7 + 6 + costs.len();
         let is_fresh = matches!(state, State::Fresh { .. });
-        let mut why = why.iter();
-        let first = why.next().map_or_else(String::new, |why| {
-            let why = crate::report::harmless(why);
-            if is_fresh {
-                paint(DIM, &why)
-            } else {
-                why.into_owned()
-            }
-        });
+        let room = columns
+            .map(|columns| columns.saturating_sub(margin))
+            .filter(|room| *room >= LEAST_FOR_REASONS)
+            .unwrap_or(usize::MAX);
+        let mut lines = why.iter().flat_map(|why| wrap(&harmless(why), room));
+        let first = lines.next().unwrap_or_default();
         text.push_str(&head);
         text.push_str(&paint(DIM, &costs));
-        text.push_str(&first);
+        text.push_str(&if is_fresh { paint(DIM, &first) } else { first });
         trim_end(&mut text);
-        for why in why {
+        for line in lines {
             text.push_str(&" ".repeat(margin));
-            text.push_str(&crate::report::harmless(why));
+            text.push_str(&line);
             trim_end(&mut text);
         }
     }
