@@ -80,6 +80,7 @@ mod mpi {
         let own = [
             "stages.base.train_sft.max_steps=2",
             "stages.tuned.train_orpo.save_steps=1",
+            "stages.tuned.train_orpo.logging_steps=1",
         ];
         for set in own.iter().chain(more) {
             all.extend(["--set", set]);
@@ -190,9 +191,8 @@ mod mpi {
     fn two_processes_train_as_one_does_and_the_result_counts_as_the_same() {
         let Some(two) = project() else { return };
         let steps = "stages.tuned.train_orpo.max_steps=4";
-        let log = "stages.tuned.train_orpo.logging_steps=1";
-        let plain = arguments(&[steps, log]);
-        let shared = arguments(&[steps, log, PROCESSES]);
+        let plain = arguments(&[steps]);
+        let shared = arguments(&[steps, PROCESSES]);
         let ran = events(&two.succeeds(&[&["run", "--json"], &shared[..]].concat()));
         assert!(stages(&ran, "stage_done").contains_key("tuned"));
         let messages = ran.iter().filter(|event| event["event"] == "message");
@@ -242,7 +242,7 @@ mod mpi {
     #[test]
     fn a_process_that_dies_ends_all_and_the_same_command_goes_on_to_the_same_bytes() {
         let Some(whole) = project() else { return };
-        let few = arguments(&["stages.tuned.train_orpo.max_steps=6", PROCESSES]);
+        let few = arguments(&["stages.tuned.train_orpo.max_steps=40", PROCESSES]);
         whole.succeeds(&[&["run"], &few[..]].concat());
         let expected = whole.artifacts(&few);
 

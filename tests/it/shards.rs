@@ -54,7 +54,12 @@ fn told(project: &Project) -> (Vec<Value>, Vec<Value>) {
     let of_data = |event: &&Value| {
         event["event"] == "message" && (event["stage"] == "chats" || event["stage"] == "tokens")
     };
-    let messages = all.iter().filter(of_data).cloned().collect();
+    let without_time = |event: &Value| {
+        let mut event = event.clone();
+        event.as_object_mut().unwrap().remove("time");
+        event
+    };
+    let messages = all.iter().filter(of_data).map(without_time).collect();
     let mut notes = Vec::new();
     for stage in ["chats", "tokens"] {
         let records = project.records();
