@@ -13,7 +13,10 @@ use crate::report::style::{BOLD, paint};
 /// Commands by what they are for. A command that is in none of them is listed at the end.
 const GROUPS: [(&str, &[&str]); 6] = [
     ("Start", &["init", "import", "validate", "kinds", "doctor"]),
-    ("Run", &["preview", "estimate", "plan", "run", "why"]),
+    (
+        "Run",
+        &["preview", "estimate", "plan", "run", "why", "export"],
+    ),
     (
         "Look",
         &[
@@ -97,6 +100,10 @@ const EXAMPLES: &[(&str, &[&str])] = &[
             "pipeline cache pull recipe.yaml --remote /mnt/shared",
             "pipeline cache ls",
         ],
+    ),
+    (
+        "export",
+        &["pipeline export slurm recipe.yaml -o jobs && jobs/submit.sh"],
     ),
     ("schema", &["pipeline schema > recipe.schema.json"]),
 ];

@@ -9,9 +9,11 @@ mod confine;
 mod console;
 mod default_recipe;
 pub mod error;
+mod executors;
 mod folders;
 mod gather;
 mod help;
+mod leaving;
 mod lock_file;
 mod machine;
 mod project;
@@ -54,6 +56,8 @@ enum Command {
     Run(commands::run::Args),
     /// Shows what `run` would do, one line per stage, without writing anything
     Plan(commands::plan::Args),
+    /// Writes the graph for another program that runs it: as scripts of Slurm
+    Export(commands::export::Args),
     /// Explains why a stage would run, or when its result was made
     Why(commands::why::Args),
     /// Pins the commits of branches and the contents of local files in a file beside the recipe
@@ -177,6 +181,7 @@ pub fn main() -> ExitCode {
     let result = match cli.command {
         Command::Run(args) => commands::run::run(&args),
         Command::Plan(args) => commands::plan::run(&args),
+        Command::Export(args) => commands::export::run(&args),
         Command::Why(args) => commands::why::run(&args),
         Command::Lock(args) => commands::lock::run(&args),
         Command::Log(args) => commands::log::run(&args),

@@ -6,14 +6,15 @@ use std::sync::Arc;
 
 use super::args::{RecipeArgs, StoreArgs};
 use super::confine::{self, Bounds};
+use super::executors::Clusters;
 use super::folders::{normal, root};
 use super::remote::{self, RemoteArgs};
 use super::{Failure, eprint_warning, error, lock_file, machine, variable};
 use crate::engine::glob::Pattern;
 use crate::engine::remote::Shared;
 use crate::engine::{
-    EventLog, Executors, Graph, LoggedEvent, Node, Outcome, Pins, Record, Run, RunEnv, RunLabel,
-    Session, State, Store, canonical_json,
+    EventLog, Executors, Graph, Jobs, LOCAL, LoggedEvent, Node, Outcome, Pins, Record, Run, RunEnv,
+    RunLabel, Session, State, Store, canonical_json,
 };
 use crate::recipe::{Recipe, RecipeErrors, RecipeStage};
 use crate::report::{Places, quoted};
@@ -136,6 +137,13 @@ impl Project {
             )?,
         };
         let env = Arc::new(run_env(settings.offline));
+        let elsewhere = |stage: &RecipeStage| {
+            let executor = stage.handling.executor.as_deref();
+            executor.is_some_and(|name| name != LOCAL)
+        };
+        if recipe.stages.iter().any(elsewhere) {
+            Clusters::read(&root)?.check(&recipe)?;
+        }
         let pins = lock_file::read(&args.recipe)?.unwrap_or_default();
         Ok(Self {
             pins,
@@ -157,6 +165,23 @@ impl Project {
     pub(super) fn connect(&mut self, args: &RemoteArgs, no_push: bool) -> Result<(), Failure> {
         self.shared = args.open(&self.root, self.env.offline, !no_push)?;
         Ok(())
+    }
+
+    /// Makes the project's clusters ready for a run. With `executor` all stages run there, whatever the recipe says.
+    pub(super) fn use_clusters(&mut self, executor: Option<&str>) -> Result<(), Failure> {
+        let clusters = Clusters::read(&self.root)?;
+        if let Some(name) = executor {
+            clusters.check_name(name)?;
+            for node in &mut self.graph.nodes {
+                node.handling.executor = Some(name.to_owned());
+            }
+        }
+        clusters.add_to(&mut self.executors, &self.recipe.path)
+    }
+
+    /// The jobs of a run on clusters.
+    pub(super) fn jobs(&self) -> &Arc<Jobs> {
+        self.executors.jobs()
     }
 
     /// What there is to say of the remote; an error if it is required and failed.
@@ -427,7 +452,7 @@ pub(super) fn run_env(offline: bool) -> RunEnv {
 }
 
 /// The running program, to be started once more for each stage: on Linux the very file, wherever it was moved since.
-fn own_program() -> Option<PathBuf> {
+pub(super) fn own_program() -> Option<PathBuf> {
     let own = PathBuf::from("/proc/self/exe");
     if own.exists() {
         return Some(own);

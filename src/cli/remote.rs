@@ -35,11 +35,14 @@ pub(super) struct RemoteArgs {
     pub(super) remote_required: bool,
 }
 
+/// The settings of a project.
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
-struct File {
+pub(super) struct File {
     version: u32,
     remote: Option<Value>,
+    /// Read by `super::executors`.
+    pub(super) executors: Option<Value>,
 }
 
 /// The remote of a project.
@@ -146,7 +149,8 @@ fn wrong(message: &str) -> Failure {
     Failure::Usage(error::plain(message))
 }
 
-fn read(root: &Path) -> Result<Option<Written>, Failure> {
+/// The settings of the project in `root`; none where it has none.
+pub(super) fn read_settings(root: &Path) -> Result<Option<File>, Failure> {
     let path = root.join(SETTINGS);
     let text = match read_text(&path, LONGEST) {
         Ok(text) => text,
@@ -167,7 +171,12 @@ fn read(root: &Path) -> Result<Option<Written>, Failure> {
             file.version
         )));
     }
-    let Some(remote) = file.remote else {
+    Ok(Some(file))
+}
+
+fn read(root: &Path) -> Result<Option<Written>, Failure> {
+    let path = root.join(SETTINGS);
+    let Some(remote) = read_settings(root)?.and_then(|file| file.remote) else {
         return Ok(None);
     };
     // The value is not shown: it may be an address with a password.

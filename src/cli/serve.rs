@@ -12,8 +12,8 @@ use anyhow::{Context as _, anyhow};
 use tiny_http::{Header, Method, Request, Response, Server};
 
 use super::args::{RecipeArgs, StoreArgs};
-use super::commands::run::on_interrupt;
 use super::gather::page::{Memo, page};
+use super::leaving::on_interrupt;
 use super::project::Project;
 use super::{Failure, eprint, print};
 use crate::engine::digest_json;

@@ -1,7 +1,7 @@
 //! What ends a stage before it is done: an interrupted run, or its time limit.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
 use anyhow::bail;
@@ -14,18 +14,18 @@ pub struct Control {
     cancel: Arc<AtomicBool>,
     /// Stops this part of the stage alone.
     own: Option<Arc<AtomicBool>>,
-    /// When the stage has to be done, and how long it had.
-    deadline: Option<(Instant, Span)>,
+    /// When the time of the stage began, and how long it has.
+    limit: Option<(Arc<Mutex<Instant>>, Span)>,
 }
 
 impl Control {
     /// Stops when `cancel` is set, or when `timeout` from now is over.
     pub fn new(cancel: Arc<AtomicBool>, timeout: Option<Span>) -> Self {
-        let deadline = timeout.and_then(|span| Some((Instant::now().checked_add(span.0)?, span)));
+        let limit = timeout.map(|span| (Arc::new(Mutex::new(Instant::now())), span));
         Self {
             cancel,
             own: None,
-            deadline,
+            limit,
         }
     }
 
@@ -42,18 +42,30 @@ impl Control {
         self.cancel.store(true, Ordering::Relaxed);
     }
 
+    /// Whether the stage was told to stop, whatever its time limit.
+    pub fn is_cancelled(&self) -> bool {
+        let own = self.own.as_ref();
+        self.cancel.load(Ordering::Relaxed) || own.is_some_and(|own| own.load(Ordering::Relaxed))
+    }
+
+    /// Lets the time of the stage begin now: it has only waited so far.
+    pub fn restart(&self) {
+        if let Some((start, _)) = &self.limit {
+            *start.lock().unwrap_or_else(PoisonError::into_inner) = Instant::now();
+        }
+    }
+
     /// An error when the stage has to stop.
     pub fn check(&self) -> anyhow::Result<()> {
-        let own = self.own.as_ref();
-        if self.cancel.load(Ordering::Relaxed) || own.is_some_and(|own| own.load(Ordering::Relaxed))
-        {
+        if self.is_cancelled() {
             bail!("interrupted");
         }
-        match self.deadline {
-            Some((deadline, span)) if Instant::now() >= deadline => {
-                bail!("it took longer than its `timeout` of {span}")
+        if let Some((start, span)) = &self.limit {
+            let start = *start.lock().unwrap_or_else(PoisonError::into_inner);
+            if start.elapsed() >= span.0 {
+                bail!("it took longer than its `timeout` of {span}");
             }
-            _ => Ok(()),
         }
+        Ok(())
     }
 }

@@ -14,6 +14,17 @@ use super::reason::Reason;
 /// The version of events as JSON: raised when a reader of the last version would misread one.
 pub const EVENT_VERSION: u32 = 1;
 
+/// An error if another version of the program runs a task.
+pub(super) fn check_version(version: u32, pipeline: &str) -> anyhow::Result<()> {
+    anyhow::ensure!(
+        version == EVENT_VERSION,
+        "the program that runs the stage, pipeline {pipeline}, writes version {version} of events, and this one, pipeline {}, reads \
+         version {EVENT_VERSION}; hint: install the same version in both places",
+        env!("CARGO_PKG_VERSION")
+    );
+    Ok(())
+}
+
 /// The importance of a message.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]

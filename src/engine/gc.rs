@@ -246,10 +246,11 @@ impl Store {
                 let _ = fs::remove_dir(&continuations);
             }
         }
-        for kind in ["partial", "scratch", "failed", "incoming"] {
+        for kind in ["partial", "scratch", "jobs", "failed", "incoming"] {
             for name in self.list(kind)? {
                 let kept = match kind {
-                    "scratch" => {
+                    // A job that was left may be at work.
+                    "scratch" | "jobs" => {
                         let name = name.strip_suffix(".json").unwrap_or(&name);
                         unfinished.contains(name)
                             || needs.may_need(self.whole_fingerprint(name).as_ref())

@@ -30,6 +30,10 @@ pub struct Handling {
     #[serde(default)]
     #[schemars(extend("examples" = ["auto"]))]
     pub device: DeviceChoice,
+    /// Where the stage runs: an executor of `pipeline.config.yaml`, such as a cluster, or `local`, this machine.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(extend("examples" = ["cluster"]))]
+    pub executor: Option<String>,
 }
 
 /// What a stage takes of the machine while it runs. Stages that run at a time never take more than there is.

@@ -72,6 +72,8 @@ pub trait AnyStage: Send + Sync {
     fn check_processes(&self, processes: usize) -> Result<(), Problem>;
     /// [`Stage::external_facts`].
     fn external_facts(&self, env: &RunEnv) -> anyhow::Result<BTreeMap<String, String>>;
+    /// [`Stage::variables`].
+    fn variables(&self) -> Vec<String>;
     /// [`Stage::estimate`].
     fn estimate(&self, cx: &Context) -> anyhow::Result<Option<Estimate>>;
     /// [`Stage::position`].
@@ -125,6 +127,9 @@ impl<S: Stage> AnyStage for S {
     }
     fn external_facts(&self, env: &RunEnv) -> anyhow::Result<BTreeMap<String, String>> {
         Stage::external_facts(self, env)
+    }
+    fn variables(&self) -> Vec<String> {
+        Stage::variables(self)
     }
     fn estimate(&self, cx: &Context) -> anyhow::Result<Option<Estimate>> {
         Stage::estimate(self, cx)

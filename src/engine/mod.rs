@@ -23,6 +23,7 @@ mod graph;
 mod handling;
 mod history;
 mod inputs;
+mod job;
 mod kind;
 mod last_results;
 mod links;
@@ -66,7 +67,9 @@ pub use device::DeviceChoice;
 pub use estimate::Estimate;
 pub use event::{EVENT_VERSION, Event, Level};
 pub use event_log::{EventLog, LoggedEvent};
-pub use executor::{ChildProcess, Executor, Executors, InProcess, TaskResult};
+pub use executor::{
+    ChildProcess, Cluster, Executor, Executors, InProcess, Jobs, LOCAL, SlurmSettings, TaskResult,
+};
 pub use files::write_atomically;
 pub(crate) use fingerprint::content;
 pub use fingerprint::{Fingerprint, Origin};

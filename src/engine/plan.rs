@@ -1,6 +1,7 @@
 //! What would happen: one verdict a stage, from the recipe and the store alone. Writes nothing and needs no outputs.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -19,6 +20,7 @@ use super::reason::{Reason, differences};
 use super::record::Record;
 use super::remote::Shared;
 use super::sources::{Seen, Sources};
+use super::stat::Stat;
 use super::store::{Found, Store};
 
 /// What is true of a stage now.
@@ -99,6 +101,14 @@ pub(crate) struct Prepared {
 }
 
 impl Prepared {
+    /// What the local files looked like when the stage was prepared.
+    pub(crate) fn stats(&self) -> Vec<(OsString, Stat)> {
+        let files = self.seen.values().flat_map(Seen::stats);
+        files
+            .map(|(path, stat)| (path.as_os_str().to_owned(), stat))
+            .collect()
+    }
+
     /// The first local file that is not as it was when the stage was prepared: by its times alone, or by the contents as well where times
     /// don't tell.
     pub(crate) fn changed(&self, node: &Node, contents: bool) -> Option<PathBuf> {

@@ -60,6 +60,15 @@ enum Lookup {
     Failed,
 }
 
+/// Where a stage runs.
+#[derive(Clone)]
+enum Place {
+    /// On this machine, with these devices.
+    Here(Vec<usize>),
+    /// On a cluster: it takes nothing of this machine.
+    Elsewhere,
+}
+
 /// What a worker sends back: the stage's index and what became of it.
 type Done = (usize, worker::Outcome);
 
@@ -87,9 +96,11 @@ pub fn run(
         .zip(&needed)
         .filter(|(_, needed)| **needed)
     {
-        options
-            .machine
-            .check(&node.name, &node.handling.resources)?;
+        if session.executors.cluster(&node.handling).is_none() {
+            options
+                .machine
+                .check(&node.name, &node.handling.resources)?;
+        }
     }
     let _in_use = session.store.use_results(cancel, &mut |holder| {
         let holder = holder.to_owned();
@@ -140,7 +151,7 @@ pub fn run(
         }
         .drive(scope, &needed, &mut sources, &results);
         shared.close();
-        anyhow::Ok((summary, shared))
+        anyhow::Ok((summary?, shared))
     })?;
     let Summary {
         fresh,
@@ -175,8 +186,8 @@ struct Runner<'a, 'b> {
     last_results: LastResults,
     free: Free,
     done: Sender<Done>,
-    /// The running stages with the ids of their devices.
-    running: BTreeMap<usize, Vec<usize>>,
+    /// Where each running stage runs.
+    running: BTreeMap<usize, Place>,
     /// When the run began, in seconds since 1970 and by the clock that only goes forward.
     started: (u64, Instant),
     fingerprints: Vec<Option<Digest>>,
@@ -195,7 +206,7 @@ impl<'a> Runner<'a, '_> {
         needed: &[bool],
         sources: &mut Sources,
         results: &Receiver<Done>,
-    ) -> Summary
+    ) -> anyhow::Result<Summary>
     where
         'a: 'scope,
     {
@@ -234,6 +245,7 @@ impl<'a> Runner<'a, '_> {
                     }
                 }
                 if !stale.is_empty() {
+                    self.check_clusters(needed, &contents)?;
                     self.begin_record(&contents);
                 }
                 self.start(scope, &mut stale);
@@ -244,7 +256,7 @@ impl<'a> Runner<'a, '_> {
             let Ok((index, result)) = results.recv() else {
                 break;
             };
-            if let Some(gpus) = self.running.remove(&index) {
+            if let Some(Place::Here(gpus)) = self.running.remove(&index) {
                 let handling = &graph.nodes[index].handling;
                 self.free.give(&handling.resources, &gpus);
             }
@@ -296,7 +308,18 @@ impl<'a> Runner<'a, '_> {
         self.summary.skipped = left;
         self.summary.run = self.remember(&contents);
         self.summary.artifacts = contents;
-        self.summary
+        Ok(self.summary)
+    }
+
+    /// Before the first stage runs: an error if a cluster would never take the jobs of a stage that is not known to be fresh.
+    fn check_clusters(&self, needed: &[bool], contents: &[Option<Digest>]) -> anyhow::Result<()> {
+        if self.record.is_some() || !self.running.is_empty() {
+            return Ok(());
+        }
+        let nodes = self.session.graph.nodes.iter().enumerate();
+        let open = nodes.filter(|(index, _)| needed[*index] && contents[*index].is_none());
+        let open = open.map(|(_, node)| (node.name.as_str(), &node.handling));
+        self.session.executors.check(open)
     }
 
     /// Records that the run is in progress. A store that can't be written has no history, but its results can be used.
@@ -449,6 +472,31 @@ impl<'a> Runner<'a, '_> {
         Lookup::Fresh(artifact)
     }
 
+    /// Finds a place for a stage and takes what it needs there; `None` if there is no place now.
+    fn place(&mut self, index: usize) -> Option<Place> {
+        let (nodes, executors) = (&self.session.graph.nodes, self.session.executors);
+        let handling = &nodes[index].handling;
+        if let Some(cluster) = executors.cluster(handling) {
+            let there = self
+                .running
+                .keys()
+                .filter(|running| nodes[**running].handling.executor == handling.executor);
+            return (there.count() < cluster.most_jobs()).then_some(Place::Elsewhere);
+        }
+        let here = |(index, place): (&usize, &Place)| match place {
+            Place::Here(_) => Some(*index),
+            Place::Elsewhere => None,
+        };
+        let here: Vec<usize> = self.running.iter().filter_map(here).collect();
+        let exclusive = |index: usize| nodes[index].stage.exclusive();
+        if here.len() >= self.options.jobs.max(1)
+            || (exclusive(index) && here.iter().any(|&running| exclusive(running)))
+        {
+            return None;
+        }
+        self.free.take(&handling.resources).map(Place::Here)
+    }
+
     /// Starts stale stages while the number of stages and their resources allow it. Exclusive stages run one at a time.
     fn start<'scope>(
         &mut self,
@@ -460,23 +508,20 @@ impl<'a> Runner<'a, '_> {
         let graph = self.session.graph;
         let ranks: Vec<usize> = stale.keys().copied().collect();
         for rank in ranks {
-            if self.running.len() >= self.options.jobs.max(1) {
-                return;
-            }
             let Some(&(index, ..)) = stale.get(&rank) else {
                 continue;
             };
-            let exclusive = |index: usize| graph.nodes[index].stage.exclusive();
-            if exclusive(index) && self.running.keys().any(|&running| exclusive(running)) {
-                continue;
-            }
-            let Some(gpus) = self.free.take(&graph.nodes[index].handling.resources) else {
+            let Some(place) = self.place(index) else {
                 continue;
             };
             let Some((_, prepared, reasons)) = stale.remove(&rank) else {
                 continue;
             };
-            self.running.insert(index, gpus.clone());
+            self.running.insert(index, place.clone());
+            let gpus = match place {
+                Place::Here(gpus) => gpus,
+                Place::Elsewhere => Vec::new(),
+            };
             let worker = Worker {
                 session: self.session,
                 events: self.events.clone(),

@@ -84,6 +84,17 @@ struct SeenFile {
 }
 
 impl Seen {
+    /// The files with their sizes and times. Their numbers are left out: on file systems of other machines they may change.
+    pub(crate) fn stats(&self) -> impl Iterator<Item = (&Path, Stat)> {
+        self.files.iter().map(|(path, seen)| {
+            let stat = Stat {
+                inode: 0,
+                ..seen.identity.stat
+            };
+            (path.as_path(), stat)
+        })
+    }
+
     /// The first path below or on the way to a source at which something is not as it was, if there is one. Reads only what was
     /// written just before it was digested, and what got another number on its file system.
     pub(crate) fn changed(&self, source: &Path) -> Option<PathBuf> {

@@ -81,6 +81,11 @@ pub trait Stage: Serialize + DeserializeOwned + JsonSchema + Send + Sync + 'stat
         Ok(BTreeMap::new())
     }
 
+    /// Environment variables that [`Stage::run`] reads by [`RunEnv::lookup`]. Their values are no part of the fingerprint.
+    fn variables(&self) -> Vec<String> {
+        Vec::new()
+    }
+
     /// What [`Stage::run`] would take, from the inputs alone; none where nothing is known. It writes nothing.
     fn estimate(&self, _cx: &Context) -> anyhow::Result<Option<Estimate>> {
         Ok(None)

@@ -8,6 +8,7 @@
 //! v1/last/<recipe>/<stage>      the fingerprint of that stage's last result, for reasons
 //! v1/partial/<fingerprint>/     what a running stage writes into
 //! v1/scratch/<fingerprint>/     what survives a crash
+//! v1/jobs/<fingerprint>/        jobs of schedulers that work on it
 //! v1/scratch/<fingerprint>.json the whole fingerprint, for `gc`
 //! v1/ends/<family>/<fingerprint>/   what a finished stage left for one that goes further
 //! v1/failed/<fingerprint>/      what a failed stage wrote and told, until it succeeds
@@ -406,6 +407,8 @@ impl Miss<'_> {
         remove(&store.scratch(&self.fingerprint))?;
         remove(&store.scratch_note(&self.fingerprint))?;
         remove(&store.failed(&self.fingerprint))?;
+        // Of jobs there may be something that nobody waits for any more, on a node that was lost.
+        let _ = remove(&store.root.join("jobs").join(&self.fingerprint));
         Ok((record, new))
     }
 }

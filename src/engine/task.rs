@@ -9,11 +9,11 @@ use anyhow::{Context as _, anyhow, ensure};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use super::Resources;
 use super::device::DeviceChoice;
 use super::manifest::Entry;
 use super::params::{ARTIFACT_KEY, FILE_KEY, NEUTRAL_KEY, STAGE_KEY};
 use super::part::Part;
+use super::{Resources, Span, Stat};
 
 /// The memory limit, in bytes, of a stage that reads untrusted files and holds little of them at a time ([`super::Stage::BOUNDED`]),
 /// unless its `resources` allow more. It is many times what real data needs.
@@ -55,6 +55,15 @@ pub struct Task {
     /// Where it computes.
     #[serde(default)]
     pub device: DeviceChoice,
+    /// What it needs of a machine, for an executor that looks for one.
+    #[serde(default)]
+    pub resources: Resources,
+    /// The longest time that it may take, for an executor whose scheduler wants to know.
+    #[serde(default)]
+    pub timeout: Option<Span>,
+    /// Environment variables that it reads beside those of the run. Their values are not here.
+    #[serde(default)]
+    pub variables: Vec<String>,
     /// The folders of inputs by stage.
     pub inputs: BTreeMap<String, OsString>,
     /// Local files by the path as it was written.
@@ -71,6 +80,9 @@ pub struct Task {
     pub continuations: Option<OsString>,
     /// Digests of local files by path.
     pub known: Vec<(OsString, Entry)>,
+    /// What local files looked like, without the numbers of files: if one was touched since, the task may have read something else.
+    #[serde(default)]
+    pub seen: Vec<(OsString, Stat)>,
     /// The warnings that the user has already seen.
     pub warned: BTreeSet<String>,
 }

@@ -109,6 +109,9 @@ impl Session<'_> {
             memory: memory(node.stage.bounded(), resources),
             gpus: Vec::new(),
             device: node.handling.device,
+            resources: resources.clone(),
+            timeout: node.handling.timeout,
+            variables: node.stage.variables(),
             inputs: paths(inputs),
             sources: paths(&node.sources),
             outside: BTreeMap::new(),
@@ -117,6 +120,7 @@ impl Session<'_> {
             scratch_note: Vec::new(),
             continuations: None,
             known: Vec::new(),
+            seen: Vec::new(),
             warned: self.env.warnings(),
         })
     }

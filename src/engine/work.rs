@@ -2,7 +2,7 @@
 
 use std::io::{BufRead, Write};
 use std::num::NonZeroUsize;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::channel;
@@ -15,7 +15,8 @@ use rayon::ThreadPoolBuilder;
 use super::control::Control;
 use super::event::{EVENT_VERSION, Event};
 pub use super::executor::prefix;
-use super::executor::{CANCEL, TaskResult, launched, run_task};
+use super::executor::{CANCEL, ChildProcess, Executor as _, TaskResult, launched, run_task};
+use super::job::JobFolder;
 use super::stage_events::StageEvents;
 use super::task::{Lasting, Task, causes, is_full, short};
 use super::threads;
@@ -119,6 +120,61 @@ pub fn read_task_file(path: &Path) -> anyhow::Result<Task> {
     read().with_context(|| format!("could not read the task `{}`", path.display()))
 }
 
+/// Runs the task in the folder of a job by another process of `program`, with so many threads if the task doesn't say; `lookup`
+/// reads the environment. Its events and
+/// its result are written into the folder. Returns whether the stage succeeded. Fails if the task could not begin.
+pub fn run_job(
+    folder: &Path,
+    program: PathBuf,
+    cpus: Option<NonZeroUsize>,
+    lookup: fn(&str) -> Option<String>,
+    cancel: Arc<AtomicBool>,
+) -> anyhow::Result<bool> {
+    let mut start = JobFolder::new(folder.to_owned()).start()?;
+    // Several processes look at the nodes where each of them is.
+    if start
+        .task
+        .processes
+        .is_none_or(|processes| processes.get() == 1)
+    {
+        start.task.cpus = start.task.cpus.or(cpus);
+    }
+    let mut file = start.events()?;
+    file.write(&Event::WorkStarted {
+        version: EVENT_VERSION,
+        pipeline: env!("CARGO_PKG_VERSION").to_owned(),
+    });
+    let (sender, received) = channel();
+    let writer = std::thread::Builder::new().name("events".to_owned());
+    let writer = writer.spawn(move || {
+        for event in received {
+            file.write(&event);
+        }
+    })?;
+    let events = Arc::new(StageEvents::new(sender));
+    // The runner enforces the time limit, and the scheduler does.
+    let control = Control::new(Arc::clone(&cancel), None);
+    let result = ChildProcess::new(program, Some(lookup)).execute(&start.task, &events, &control);
+    // With the last sender the events end.
+    drop(events);
+    writer.join().map_err(|_| panicked())?;
+    let succeeded = result.is_ok();
+    if !succeeded && cancel.load(Ordering::Relaxed) {
+        start.stop()?;
+    } else {
+        start.finish(last_event(result))?;
+    }
+    Ok(succeeded)
+}
+
+/// The event that tells how a task ended.
+fn last_event(result: anyhow::Result<TaskResult>) -> Event {
+    match result {
+        Ok(TaskResult { notes, written }) => Event::WorkDone { notes, written },
+        Err(error) => failed(&error),
+    }
+}
+
 impl Work {
     /// Runs a task and writes its events to `output`, one line of JSON each; the last event says how the task ended. Returns whether the
     /// stage succeeded. Fails if the task could not begin.
@@ -195,11 +251,7 @@ impl Work {
         drop(events);
         writer.join().map_err(|_| panicked())?;
         let succeeded = result.is_ok();
-        let last = match result {
-            Ok(TaskResult { notes, written }) => Event::WorkDone { notes, written },
-            Err(error) => failed(&error),
-        };
-        write(&output, &last);
+        write(&output, &last_event(result));
         Ok(succeeded)
     }
 }

@@ -230,12 +230,15 @@ impl Worker<'_, '_> {
             let task = self.task(prepared, miss.partial()?)?;
             let events = Arc::new(StageEvents::new(self.events.clone()));
             let control = Control::new(Arc::clone(&self.cancel), node.handling.timeout);
-            let executor = self.session.executors.for_stage(&node.handling.resources);
+            let executors = self.session.executors;
+            let execute = |task: &Task, events: &Arc<StageEvents>, control: &Control| {
+                executors.execute(&node.handling, task, events, control)
+            };
             let result = match node.handling.resources.shards {
                 Some(shards) if shards.get() > 1 => {
-                    execute_sharded(executor, &task, shards, &events, &control)
+                    execute_sharded(&execute, &task, shards, &events, &control)
                 }
-                _ => executor.execute(&task, &events, &control),
+                _ => execute(&task, &events, &control),
             };
             let mut result = result.and_then(|result| control.check().map(|()| result));
             if self.cancel.load(Ordering::Relaxed)
@@ -315,6 +318,9 @@ impl Worker<'_, '_> {
             memory: memory(node.stage.bounded(), resources),
             gpus: self.gpus.clone(),
             device: node.handling.device,
+            resources: resources.clone(),
+            timeout: node.handling.timeout,
+            variables: node.stage.variables(),
             inputs: paths(&self.session.input_folders(prepared)),
             sources: paths(&node.sources),
             outside: prepared.fingerprint.outside.clone(),
@@ -332,6 +338,7 @@ impl Worker<'_, '_> {
             known: known
                 .map(|(path, entry)| (path.clone().into_os_string(), entry.clone()))
                 .collect(),
+            seen: prepared.stats(),
             warned: self.session.env.warnings(),
         })
     }

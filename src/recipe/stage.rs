@@ -27,7 +27,7 @@ const RESERVED: [&str; 7] = [
 ];
 
 /// The fields of [`Handling`].
-pub(super) const HANDLING: [&str; 4] = ["device", "resources", "retries", "timeout"];
+pub(super) const HANDLING: [&str; 5] = ["device", "executor", "resources", "retries", "timeout"];
 
 /// A stage as far as it could be read.
 pub(crate) struct DraftStage {

@@ -275,3 +275,113 @@ fn a_scheduler_stops_a_training_by_a_signal_and_starts_it_again() {
         .any(|event| event["text"].as_str().is_some_and(|text| text == words));
     assert!(said, "{told:?}");
 }
+
+#[test]
+fn mistakes_about_executors_are_told_with_their_places() {
+    let project = Project::empty();
+    project.write(
+        "pairs.jsonl",
+        "{\"prompt\": \"a\", \"chosen\": \"b\", \"rejected\": \"c\"}\n",
+    );
+    let recipe = "version: 1\nstages:\n  pairs:\n    import_dataset: { path: pairs.jsonl }\n    executor: clutser\n";
+    project.write("r.yaml", recipe);
+    let refused = |arguments: &[&str], words: &[&str]| {
+        let ended = project.run(arguments);
+        assert_eq!(ended.code, Some(2), "{ended:?}");
+        for word in words {
+            assert!(ended.stderr.contains(word), "{word}: {}", ended.stderr);
+        }
+    };
+    let plan = ["plan", "r.yaml"];
+    refused(
+        &plan,
+        &[
+            "there is no executor `clutser`",
+            "r.yaml:5:15",
+            "`executors:` in `pipeline.config.yaml`",
+        ],
+    );
+    let settings = |executors: &str| {
+        project.write(
+            "pipeline.config.yaml",
+            &format!("version: 1\nexecutors: {executors}\n"),
+        );
+    };
+    settings("{ cluster: { slurm: { partition: main } } }");
+    refused(
+        &plan,
+        &[
+            "there is no executor `clutser`",
+            "those of this project are cluster, local",
+        ],
+    );
+    for (written, words) in [
+        (
+            "[]",
+            ["`executors`: expected a map", "slurm: { partition: main }"],
+        ),
+        (
+            "{ a: 1 }",
+            [
+                "`executors.a`: expected a map",
+                "slurm: { partition: main }",
+            ],
+        ),
+        (
+            "{ local: { slurm: {} } }",
+            ["`executors.local`", "`local` is this machine"],
+        ),
+        (
+            "{ a b: { slurm: {} } }",
+            ["`executors.a b`", "letters, digits"],
+        ),
+        (
+            "{ a: { slurm: { parition: x } } }",
+            ["`executors.a.slurm", "its keys are partition, account"],
+        ),
+        (
+            "{ a: { slurm: { time: soon } } }",
+            ["`executors.a.slurm.time`", "`soon` is no span of time"],
+        ),
+        (
+            "{ a: { slurm: { jobs: 0 } } }",
+            ["`executors.a.slurm.jobs`", "expected"],
+        ),
+        (
+            "{ a: { slurm: { extra: [--wrap=x] } } }",
+            [
+                "`executors.a.slurm.extra[0]`",
+                "`--wrap` can't be given here",
+            ],
+        ),
+        (
+            "{ a: { slurm: { extra: [-pmain] } } }",
+            ["`executors.a.slurm.extra[0]`", "no long option"],
+        ),
+        (
+            "{ a: { slurm: { partition: '' } } }",
+            ["`executors.a.slurm.partition`", "it is empty"],
+        ),
+        (
+            "{ a: { slurm: { env: [A=1] } } }",
+            [
+                "`executors.a.slurm.env[0]`",
+                "not the name of an environment variable",
+            ],
+        ),
+    ] {
+        settings(written);
+        refused(&plan, &[&words[..], &["pipeline.config.yaml"]].concat());
+    }
+    settings("{ cluster: { slurm: {} } }");
+    project.write("r.yaml", &recipe.replace("clutser", "cluster"));
+    let planned = project.succeeds(&plan);
+    refused(
+        &["run", "r.yaml", "--executor", "other"],
+        &["there is no executor `other`"],
+    );
+    // Where a stage runs is no part of what it is.
+    project.succeeds(&["run", "r.yaml", "--executor", "local"]);
+    project.write("r.yaml", &recipe.replace("    executor: clutser\n", ""));
+    assert!(project.ran(&["r.yaml"]).is_empty(), "{planned}");
+}

@@ -102,6 +102,8 @@ mod shells;
 #[cfg(test)]
 mod shrinking;
 #[cfg(test)]
+mod slurm;
+#[cfg(test)]
 mod story;
 #[cfg(test)]
 mod support;

@@ -12,8 +12,8 @@ use nix::sys::termios::{SetArg, tcgetattr, tcsetattr};
 
 use self::input::Input;
 use self::session::{Session, Side};
-use super::run::on_interrupt;
 use crate::cli::answering::AnswerArgs;
+use crate::cli::leaving::on_interrupt;
 use crate::cli::target::TargetArgs;
 use crate::cli::{Failure, eprint_rendered, error};
 use crate::inference::Voice;

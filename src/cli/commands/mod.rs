@@ -6,6 +6,7 @@ pub(super) mod completions;
 pub(super) mod diff;
 pub(super) mod doctor;
 pub(super) mod estimate;
+pub(super) mod export;
 pub(super) mod gc;
 pub(super) mod generate;
 pub(super) mod graph;

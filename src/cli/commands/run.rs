@@ -10,6 +10,7 @@ use anyhow::Context as _;
 
 use crate::cli::args::{RecipeArgs, StoreArgs};
 use crate::cli::console::{look_of_errors, verbosity};
+use crate::cli::leaving::{self, on_interrupt};
 use crate::cli::project::Project;
 use crate::cli::remote::RemoteArgs;
 use crate::cli::tracking::tracking;
@@ -61,6 +62,12 @@ pub(in crate::cli) struct Args {
     /// Where trainings and evaluations compute, whatever the recipe says: `cpu`, `gpu`, `gpu:1` or `auto`
     #[arg(long, value_name = "DEVICE")]
     device: Option<DeviceChoice>,
+    /// Where all stages run, whatever the recipe says: an executor of `pipeline.config.yaml`, or `local`
+    #[arg(long, value_name = "NAME")]
+    executor: Option<String>,
+    /// When interrupted, leaves jobs on a cluster alone, to be joined by the same command, instead of cancelling them
+    #[arg(long)]
+    leave_jobs: bool,
     /// After a failure, continues with the stages that do not depend on the failed one
     #[arg(long)]
     keep_going: bool,
@@ -82,6 +89,7 @@ pub(in crate::cli) struct Args {
 pub(in crate::cli) fn run(args: &Args) -> Result<(), Failure> {
     let mut project = Project::open(&args.recipe, &args.store)?;
     project.connect(&args.remote, args.no_push)?;
+    project.use_clusters(args.executor.as_deref())?;
     let targets = project.targets(&args.stages, &args.downstream)?;
     let forced = project.find_all(&args.force)?;
     check_lock(&project, args.locked)?;
@@ -110,7 +118,7 @@ pub(in crate::cli) fn run(args: &Args) -> Result<(), Failure> {
     let cancel = Arc::clone(&project.env.cancel);
     let look = look_of_errors(Arc::clone(&cancel));
     let says_it = !args.json && look.size.is_some() && verbosity() > Verbosity::Quiet;
-    stop_on_signal(&cancel, !says_it)?;
+    leaving::stop_on_signal(&cancel, !says_it, project.jobs(), args.leave_jobs)?;
     let (events, received) = channel();
     let mut reporter: Box<dyn Reporter + Send> = if args.json {
         Box::new(JsonLines::new(std::io::stdout()))
@@ -293,16 +301,6 @@ pub(in crate::cli) fn check_lock(project: &Project, locked: bool) -> Result<(), 
     }
     eprint(&format!("note: {message}\n"));
     Ok(())
-}
-
-/// Calls `act` at every Ctrl-C (or SIGTERM).
-pub(in crate::cli) fn on_interrupt(act: impl FnMut() + Send + 'static) -> anyhow::Result<()> {
-    let listening = ctrlc::set_handler(act).map_err(|error| match error {
-        // Its own sentence leaves out what the system says.
-        ctrlc::Error::System(error) => anyhow::Error::from(error),
-        error => error.into(),
-    });
-    listening.context("could not listen to Ctrl-C")
 }
 
 /// The first Ctrl-C (or SIGTERM) is remembered in `cancel`; the second ends the process.

@@ -1,19 +1,20 @@
 //! `work`: runs one task of an executor. From another process of this program it comes on standard input, with orders behind it, and
-//! for a scheduler that starts this one it is a file. Events go to standard output, a line of JSON each. Not for people.
+//! for a scheduler that starts this one it is a file. Events go to standard output, a line of JSON each. With `--job` the task, its events
+//! and its result are files in the folder of a job. Not for people.
 
 use std::io::{BufReader, stdin, stdout};
 use std::os::unix::process::CommandExt as _;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::anyhow;
 use pipeline_kernels::dispatch::{Isa, limit};
 
-use super::run::on_interrupt;
+use crate::cli::leaving::on_interrupt;
 use crate::cli::{Failure, project, variable};
 use crate::engine::work::{
-    Orders, Work, catch_panics, end_with_parent, launcher, read_task, read_task_file,
+    Orders, Work, catch_panics, end_with_parent, launcher, read_task, read_task_file, run_job,
 };
 use crate::stages::KINDS;
 
@@ -40,6 +41,9 @@ mod member {
 /// results by the order of sums at most, so no result is keyed by it.
 const VARIABLE: &str = "PIPELINE_INSTRUCTION_SET";
 
+/// The variable with the number of processors that Slurm gave to a job on its node.
+const CPUS: &str = "SLURM_CPUS_ON_NODE";
+
 #[derive(clap::Args)]
 pub(in crate::cli) struct Args {
     /// The task, a JSON file [default: the first line of standard input]
@@ -47,9 +51,15 @@ pub(in crate::cli) struct Args {
     /// Whether `mpirun` or `srun` started this process as one of several for the task
     #[arg(long, hide = true)]
     member: bool,
+    /// The folder of a job: its task is run in a process of its own, and the folder gets its events and its result
+    #[arg(long, value_name = "DIR", conflicts_with = "task")]
+    job: Option<PathBuf>,
 }
 
 pub(in crate::cli) fn run(args: &Args) -> Result<(), Failure> {
+    if let Some(folder) = &args.job {
+        return job(folder);
+    }
     if args.task.is_none() || args.member {
         end_with_parent();
     }
@@ -95,6 +105,21 @@ pub(in crate::cli) fn run(args: &Args) -> Result<(), Failure> {
     let succeeded = work.serve(&task, orders, stdout())?;
     // The process that started this one reads the reason among the events, and a scheduler looks at the exit code.
     if succeeded || args.task.is_none() {
+        Ok(())
+    } else {
+        Err(Failure::Reported)
+    }
+}
+
+/// Runs the task of a job, in a process of its own: whatever ends that one, this one tells it.
+fn job(folder: &Path) -> Result<(), Failure> {
+    let cancel = Arc::new(AtomicBool::new(false));
+    let stop = Arc::clone(&cancel);
+    // A scheduler ends its jobs by a signal.
+    on_interrupt(move || stop.store(true, Ordering::Relaxed))?;
+    let program = project::own_program().ok_or_else(|| anyhow!("this program can't be found"))?;
+    let cpus = variable(CPUS).and_then(|cpus| cpus.parse().ok());
+    if run_job(folder, program, cpus, variable, cancel)? {
         Ok(())
     } else {
         Err(Failure::Reported)

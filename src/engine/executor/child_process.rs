@@ -11,11 +11,11 @@ use std::sync::Arc;
 use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, anyhow, bail, ensure};
+use anyhow::{Context as _, anyhow, bail};
 
 use super::super::Bytes;
 use super::super::control::Control;
-use super::super::event::{EVENT_VERSION, Event, Level};
+use super::super::event::{Event, Level, check_version};
 use super::super::stage_events::StageEvents;
 use super::super::task::{Task, error};
 use super::launch::{self, Lookup};
@@ -59,6 +59,11 @@ fn is_set() -> bool {
     std::env::var_os(MMAP_THRESHOLD).is_some()
 }
 
+/// That setting for the process of a stage; none where the user has one.
+pub(super) fn allocator(exclusive: bool) -> Option<(&'static str, String)> {
+    (exclusive && !is_set()).then(|| (MMAP_THRESHOLD, LARGE_ALLOCATION.to_string()))
+}
+
 /// `program work`, for a stage that runs alone on the machine or not.
 fn command(program: &Path, exclusive: bool) -> Command {
     let mut command = Command::new(program);
@@ -72,9 +77,7 @@ fn prepared(mut command: Command, exclusive: bool) -> Command {
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
         .stderr(Stdio::piped());
-    if exclusive && !is_set() {
-        command.env(MMAP_THRESHOLD, LARGE_ALLOCATION.to_string());
-    }
+    command.envs(allocator(exclusive));
     command
 }
 
@@ -219,17 +222,6 @@ impl Executor for ChildProcess {
         }
         Err(ended(status, &words, task.memory, starved))
     }
-}
-
-/// An error if another version of the program runs the task.
-fn check_version(version: u32, pipeline: &str) -> anyhow::Result<()> {
-    ensure!(
-        version == EVENT_VERSION,
-        "the program that runs the stage, pipeline {pipeline}, writes version {version} of events, and this one, pipeline {}, reads \
-         version {EVENT_VERSION}; hint: install the same version in both places",
-        env!("CARGO_PKG_VERSION")
-    );
-    Ok(())
 }
 
 /// The end of what a process wrote to its standard error.

@@ -39,6 +39,10 @@ pub(in crate::engine) fn command(
     let program = std::fs::read_link(program).unwrap_or_else(|_| program.to_owned());
     let mut command = Command::new(launcher);
     command.args(arguments).arg("-n").arg(processes.to_string());
+    // srun does not take this over from the job.
+    if let Some(cpus) = variable("SLURM_CPUS_PER_TASK").filter(|_| launcher == "srun") {
+        command.arg(format!("--cpus-per-task={cpus}"));
+    }
     command.arg(program);
     for (name, value) in SETTINGS {
         if variable(name).is_none() {

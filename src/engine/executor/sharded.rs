@@ -14,12 +14,17 @@ use super::super::event::Event;
 use super::super::part::{Part, Shard};
 use super::super::stage_events::StageEvents;
 use super::super::task::Task;
-use super::{Executor, TaskResult};
+use super::TaskResult;
+use super::slurm::folder_of;
+
+/// How a task is run.
+type Execute<'a> =
+    dyn Fn(&Task, &Arc<StageEvents>, &Control) -> anyhow::Result<TaskResult> + Sync + 'a;
 
 /// Runs a task in so many shards, which share its threads. If some fail, the error is that of the first one in the order of rows, as it is
 /// without shards.
 pub(in crate::engine) fn execute(
-    executor: &dyn Executor,
+    execute: &Execute<'_>,
     task: &Task,
     shards: NonZeroUsize,
     events: &Arc<StageEvents>,
@@ -27,31 +32,36 @@ pub(in crate::engine) fn execute(
 ) -> anyhow::Result<TaskResult> {
     let shards = shards.get();
     let folder = Path::new(&task.scratch).join("shards");
-    let fresh = |folder: &Path| {
-        if folder.exists() {
-            fs::remove_dir_all(folder)?;
-        }
-        fs::create_dir_all(folder)
-    };
-    fresh(&folder).with_context(|| format!("could not make `{}`", folder.display()))?;
     let threads = std::thread::available_parallelism().map_or(1, NonZeroUsize::get);
     let threads = task.cpus.map_or(threads, NonZeroUsize::get) / shards;
     let mut tasks = Vec::with_capacity(shards);
     for number in 0..shards {
-        let out = folder.join(number.to_string());
-        fs::create_dir(&out).with_context(|| format!("could not make `{}`", out.display()))?;
-        tasks.push(Task {
+        let out = folder.join(format!("{number}-of-{shards}"));
+        let shard = Task {
             part: Part::Shard(Shard { number, of: shards }),
             cpus: NonZeroUsize::new(threads).or(Some(NonZeroUsize::MIN)),
-            out: out.into_os_string(),
-            scratch: folder.join(format!("{number}-scratch")).into_os_string(),
+            out: out.clone().into_os_string(),
+            scratch: folder
+                .join(format!("{number}-of-{shards}-scratch"))
+                .into_os_string(),
             scratch_note: Vec::new(),
             continuations: None,
             ..task.clone()
-        });
+        };
+        // A job of an earlier run may still work on it, and is joined then.
+        if !folder_of(&shard).exists() {
+            let made = if out.exists() {
+                fs::remove_dir_all(&out)
+            } else {
+                Ok(())
+            };
+            made.and_then(|()| fs::create_dir_all(&out))
+                .with_context(|| format!("could not make `{}`", out.display()))?;
+        }
+        tasks.push(shard);
     }
     let all = Shards {
-        executor,
+        execute,
         stops: tasks.iter().map(|_| Arc::default()).collect(),
         progress: Mutex::new(vec![0; shards]),
         tasks,
@@ -76,12 +86,12 @@ pub(in crate::engine) fn execute(
         part: Part::Joined(folders),
         ..task.clone()
     };
-    executor.execute(&join, events, control)
+    execute(&join, events, control)
 }
 
 /// The shards of a stage.
 struct Shards<'a> {
-    executor: &'a dyn Executor,
+    execute: &'a Execute<'a>,
     tasks: Vec<Task>,
     /// Set to stop a shard.
     stops: Vec<Arc<AtomicBool>>,
@@ -102,7 +112,7 @@ impl Shards<'_> {
             let pass_on = move || pass_on(&received, number, progress, events);
             let teller = std::thread::Builder::new().spawn_scoped(scope, pass_on);
             teller.context("could not start a thread")?;
-            let done = self.executor.execute(&self.tasks[number], &own, &control);
+            let done = (self.execute)(&self.tasks[number], &own, &control);
             // With the last sender the events end.
             drop(own);
             done

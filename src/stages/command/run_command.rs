@@ -160,6 +160,10 @@ impl Stage for RunCommand {
         Ok(BTreeMap::from([("version".to_owned(), version)]))
     }
 
+    fn variables(&self) -> Vec<String> {
+        self.env.clone()
+    }
+
     fn run(&self, cx: &Context) -> anyhow::Result<()> {
         let scratch = cx.scratch()?.canonicalize()?;
         let out = cx.out().canonicalize()?;

@@ -4,4 +4,5 @@ pub(crate) mod heard;
 pub(crate) mod hub;
 pub(crate) mod objects;
 pub(crate) mod program;
+pub(crate) mod slurm;
 pub(crate) mod terminal;

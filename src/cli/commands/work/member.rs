@@ -14,7 +14,7 @@ use std::time::Duration;
 
 use anyhow::anyhow;
 
-use super::super::run::on_interrupt;
+use crate::cli::leaving::on_interrupt;
 use crate::cli::{Failure, eprint, project};
 use crate::engine::work::{Orders, Work, failure, panicked, prefix, text_of_orders};
 use crate::engine::{Event, Level, Task};

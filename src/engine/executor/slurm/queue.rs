@@ -1,0 +1,88 @@
+//! What Slurm says of the jobs of a run, asked for all of them at once: a thousand stages must not be a thousand questions.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::{Mutex, PoisonError, TryLockError};
+use std::time::{Duration, Instant};
+
+use super::client::{Client, JobState, Trouble};
+
+/// The time between two questions, and what each job adds to it.
+const BETWEEN: Duration = Duration::from_secs(2);
+const FOR_EACH: Duration = Duration::from_millis(50);
+
+/// The jobs of a run.
+#[derive(Default)]
+pub(super) struct Queue {
+    jobs: Mutex<BTreeSet<u64>>,
+    answer: Mutex<Answer>,
+}
+
+/// What was asked last, and what came.
+#[derive(Default)]
+struct Answer {
+    at: Option<Instant>,
+    asked: BTreeSet<u64>,
+    states: BTreeMap<u64, JobState>,
+    trouble: Option<Trouble>,
+}
+
+/// What is known of a job.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum Look {
+    /// Nothing new.
+    Nothing,
+    /// Its state.
+    State(JobState),
+    /// Slurm knows no such job.
+    Unknown,
+    /// Slurm does not answer.
+    Trouble(Trouble),
+}
+
+impl Queue {
+    /// Asks about this job, too.
+    pub(super) fn add(&self, job: u64) {
+        self.jobs
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .insert(job);
+    }
+
+    /// Asks about it no more.
+    pub(super) fn remove(&self, job: u64) {
+        self.jobs
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .remove(&job);
+    }
+
+    /// What is known of a job. It asks Slurm if that is some time ago, unless another thread does.
+    pub(super) fn look(&self, client: &Client, job: u64) -> Look {
+        let mut answer = match self.answer.try_lock() {
+            Ok(answer) => answer,
+            Err(TryLockError::WouldBlock) => return Look::Nothing,
+            Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
+        };
+        let jobs = self.jobs.lock().unwrap_or_else(PoisonError::into_inner);
+        let jobs = jobs.clone();
+        let between = BETWEEN + FOR_EACH * jobs.len() as u32;
+        if answer.at.is_none_or(|at| at.elapsed() >= between) {
+            let asked: Vec<u64> = jobs.iter().copied().collect();
+            let states = client.states(&asked);
+            *answer = Answer {
+                at: Some(Instant::now()),
+                asked: jobs,
+                trouble: states.as_ref().err().cloned(),
+                states: states.unwrap_or_default().into_iter().collect(),
+            };
+        }
+        if !answer.asked.contains(&job) {
+            return Look::Nothing;
+        }
+        match (&answer.trouble, answer.states.get(&job)) {
+            (Some(trouble), _) => Look::Trouble(trouble.clone()),
+            (None, Some(state)) => Look::State(state.clone()),
+            (None, None) => Look::Unknown,
+        }
+    }
+}

@@ -1,0 +1,363 @@
+//! A real Slurm on the loopback address: controller, nodes and authentication of its own in a folder, gone with the test.
+//!
+//! Debian's packages `slurm-wlm` and `munge` have what it takes. Nothing outside the folder is written and nothing runs as a service, so
+//! several clusters can be there at once.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt::Write as _;
+use std::fs;
+use std::net::TcpListener;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+use std::thread::sleep;
+use std::time::{Duration, Instant};
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use tempfile::TempDir;
+
+use super::program::Project;
+
+/// The programs of a cluster.
+const PROGRAMS: [&str; 9] = [
+    "munged",
+    "mungekey",
+    "slurmctld",
+    "slurmd",
+    "sbatch",
+    "squeue",
+    "scancel",
+    "scontrol",
+    "sinfo",
+];
+/// Where they may be.
+const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+/// The longest time that anything of the cluster may take.
+const LONGEST: Duration = Duration::from_secs(120);
+
+/// A cluster; everything that it started ends when this is dropped.
+pub(crate) struct Cluster {
+    folder: TempDir,
+    nodes: usize,
+}
+
+/// Whether Slurm is installed. `PIPELINE_NEEDS_SLURM=1` makes its absence a failure.
+#[expect(clippy::disallowed_methods, reason = "a switch of the tests")]
+fn is_installed() -> bool {
+    let missing: Vec<&str> = PROGRAMS
+        .into_iter()
+        .filter(|program| {
+            !PATH
+                .split(':')
+                .any(|folder| Path::new(folder).join(program).exists())
+        })
+        .collect();
+    if missing.is_empty() {
+        return true;
+    }
+    assert!(
+        std::env::var("PIPELINE_NEEDS_SLURM").is_err(),
+        "PIPELINE_NEEDS_SLURM is set, and these programs are missing: {missing:?}"
+    );
+    eprintln!(
+        "not tested: Slurm is not installed ({} is missing)",
+        missing[0]
+    );
+    false
+}
+
+/// Ports that nobody listens at.
+fn free_ports(count: usize) -> Vec<u16> {
+    let listeners: Vec<TcpListener> = (0..count)
+        .map(|_| TcpListener::bind("127.0.0.1:0").unwrap())
+        .collect();
+    let ports = listeners
+        .iter()
+        .map(|listener| listener.local_addr().unwrap().port());
+    ports.collect()
+}
+
+impl Cluster {
+    /// A cluster of so many nodes with two processors each; none where Slurm is not installed. `more` are further lines of `slurm.conf`.
+    pub(crate) fn start(nodes: usize, more: &str) -> Option<Self> {
+        if !is_installed() {
+            return None;
+        }
+        let folder = tempfile::tempdir().unwrap();
+        let cluster = Self { folder, nodes };
+        for name in ["munge", "state", "spool", "log", "tmp"] {
+            fs::create_dir(cluster.path(name)).unwrap();
+        }
+        cluster.configure(more);
+        let shown = |name: &str| cluster.path(name).display().to_string();
+        cluster.run(
+            "mungekey",
+            &["--create", &format!("--keyfile={}", shown("munge/key"))],
+        );
+        cluster.run(
+            "munged",
+            &[
+                &format!("--key-file={}", shown("munge/key")),
+                &format!("--socket={}", shown("munge/sock")),
+                &format!("--pid-file={}", shown("munge/pid")),
+                &format!("--log-file={}", shown("munge/log")),
+                &format!("--seed-file={}", shown("munge/seed")),
+                "--num-threads=2",
+                // The folder of temporary files is everybody's.
+                "--force",
+            ],
+        );
+        cluster.start_controller(&["-c"]);
+        for node in 1..=nodes {
+            fs::create_dir(cluster.path(&format!("tmp/n{node}"))).unwrap();
+            cluster.start_node(node);
+        }
+        cluster.wait_until("all nodes are there", || {
+            let idle = cluster.told("sinfo", &["-h", "-N", "-t", "idle", "-o", "%N"]);
+            idle.split_whitespace().collect::<BTreeSet<_>>().len() == nodes
+        });
+        Some(cluster)
+    }
+
+    fn configure(&self, more: &str) {
+        let host = fs::read_to_string("/proc/sys/kernel/hostname").unwrap();
+        let host = host.trim().split('.').next().unwrap().to_owned();
+        let user = self.told("id", &["-un"]);
+        let (user, dir) = (user.trim(), self.folder.path().display());
+        let ports = free_ports(self.nodes + 1);
+        let mut text = format!(
+            "ClusterName=test\nSlurmctldHost={host}(127.0.0.1)\nSlurmUser={user}\nSlurmdUser={user}\nSlurmctldPort={}\n\
+             CommunicationParameters=NoCtldInAddrAny,NoInAddrAny\nAuthType=auth/munge\nAuthInfo=socket={dir}/munge/sock\n\
+             CredType=cred/munge\nStateSaveLocation={dir}/state\nSlurmdSpoolDir={dir}/spool/%n\nTmpFS={dir}/tmp/%n\n\
+             SlurmctldPidFile={dir}/slurmctld.pid\nSlurmdPidFile={dir}/slurmd-%n.pid\n\
+             SlurmctldLogFile={dir}/log/slurmctld.log\nSlurmdLogFile={dir}/log/slurmd-%n.log\nSlurmctldDebug=info\nSlurmdDebug=info\n\
+             ProctrackType=proctrack/linuxproc\nTaskPlugin=task/none\nJobAcctGatherType=jobacct_gather/none\nSwitchType=switch/none\n\
+             MpiDefault=none\nSelectType=select/cons_tres\nSelectTypeParameters=CR_Core_Memory\nDefMemPerCPU=500\n\
+             SlurmdParameters=config_overrides\nReturnToService=2\nAccountingStorageType=accounting_storage/none\n\
+             JobCompType=jobcomp/filetxt\nJobCompLoc={dir}/log/jobcomp.log\nSchedulerType=sched/backfill\n\
+             SchedulerParameters=batch_sched_delay=0,sched_min_interval=0,sched_interval=2,bf_interval=2\n\
+             KillWait=3\nSlurmdTimeout=10\nSlurmctldTimeout=10\nTCPTimeout=3\nMessageTimeout=5\nUnkillableStepTimeout=30\n\
+             BatchStartTimeout=10\nCompleteWait=0\nInactiveLimit=0\nOverTimeLimit=0\nMailProg=/bin/true\nGresTypes=gpu\n",
+            ports[0]
+        );
+        for (node, port) in (1..=self.nodes).zip(&ports[1..]) {
+            writeln!(
+                text,
+                "NodeName=n{node} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs=2 Boards=1 SocketsPerBoard=1 \
+                 CoresPerSocket=2 ThreadsPerCore=1 RealMemory=4000 Gres=gpu:1 State=UNKNOWN"
+            )
+            .unwrap();
+        }
+        text.push_str(
+            "PartitionName=main Nodes=ALL Default=YES MaxTime=120 DefaultTime=60 State=UP OverSubscribe=NO\n",
+        );
+        text.push_str(more);
+        fs::write(self.conf(), text).unwrap();
+        fs::write(self.path("gres.conf"), "Name=gpu File=/dev/null\n").unwrap();
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    fn conf(&self) -> PathBuf {
+        self.path("slurm.conf")
+    }
+
+    /// Makes a project's program use this cluster, and names it `cluster` in the project's settings.
+    pub(crate) fn serve(&self, project: &mut Project, settings: &str) {
+        project.variable("PATH", PATH);
+        project.variable("SLURM_CONF", self.conf().to_str().unwrap());
+        let text = format!("version: 1\nexecutors:\n  cluster:\n    slurm: {{ {settings} }}\n");
+        project.write("pipeline.config.yaml", &text);
+    }
+
+    /// One of Slurm's programs, not started yet.
+    fn command(&self, program: &str, arguments: &[&str]) -> Command {
+        let mut command = Command::new(program);
+        command
+            .args(arguments)
+            .env_clear()
+            .env("PATH", PATH)
+            .env("SLURM_CONF", self.conf())
+            .stdin(Stdio::null());
+        command
+    }
+
+    /// What one of Slurm's programs prints, whether it succeeds or not.
+    pub(crate) fn told(&self, program: &str, arguments: &[&str]) -> String {
+        let output = self.command(program, arguments).output().unwrap();
+        let text = [output.stdout, output.stderr].concat();
+        String::from_utf8_lossy(&text).into_owned()
+    }
+
+    /// Runs a command of a shell in a project.
+    pub(crate) fn sh(&self, project: &Project, command: &str) -> Output {
+        let mut shell = self.command("sh", &["-c", command]);
+        shell.current_dir(project.path("")).output().unwrap()
+    }
+
+    /// Runs one of Slurm's programs, which has to succeed. Daemons go into the background and keep no pipe of ours.
+    #[track_caller]
+    pub(crate) fn run(&self, program: &str, arguments: &[&str]) {
+        let log = fs::File::create(self.path("log").join(format!("{program}.out"))).unwrap();
+        let mut command = self.command(program, arguments);
+        let status = command
+            .stdout(log.try_clone().unwrap())
+            .stderr(log)
+            .status();
+        let log = || fs::read_to_string(self.path("log").join(format!("{program}.out")));
+        assert!(
+            status.unwrap().success(),
+            "{program} {arguments:?}: {:?}",
+            log()
+        );
+    }
+
+    /// Waits until something holds.
+    #[track_caller]
+    pub(crate) fn wait_until(&self, what: &str, holds: impl Fn() -> bool) {
+        let start = Instant::now();
+        while !holds() {
+            assert!(
+                start.elapsed() < LONGEST,
+                "it never came to be that {what}\n{}\n{}",
+                self.told("squeue", &["--states=all"]),
+                self.log("slurmctld.log")
+            );
+            sleep(Duration::from_millis(50));
+        }
+    }
+
+    /// One of the logs.
+    pub(crate) fn log(&self, name: &str) -> String {
+        fs::read_to_string(self.path("log").join(name)).unwrap_or_default()
+    }
+
+    /// The jobs that are over: for each the fields by name.
+    pub(crate) fn finished(&self) -> Vec<String> {
+        self.log("jobcomp.log").lines().map(str::to_owned).collect()
+    }
+
+    /// The numbers of the jobs in the queue, in all states or in one.
+    pub(crate) fn queued(&self, states: &str) -> Vec<String> {
+        let told = self.told(
+            "squeue",
+            &["--noheader", &format!("--states={states}"), "--format=%i"],
+        );
+        told.split_whitespace().map(str::to_owned).collect()
+    }
+
+    pub(crate) fn start_controller(&self, arguments: &[&str]) {
+        self.run("slurmctld", arguments);
+        self.wait_until("the controller answers", || {
+            let pinged = self.command("scontrol", &["ping"]).output().unwrap();
+            String::from_utf8_lossy(&pinged.stdout).contains(" UP")
+        });
+    }
+
+    pub(crate) fn stop_controller(&self) {
+        self.end(&self.path("slurmctld.pid"), Signal::SIGTERM);
+    }
+
+    pub(crate) fn start_node(&self, node: usize) {
+        self.run("slurmd", &["-N", &format!("n{node}"), "-c"]);
+    }
+
+    /// Kills the daemon of a node; the jobs on it go on, and nobody hears of them. The controller is told that the node is lost.
+    pub(crate) fn lose_node(&self, node: &str) {
+        self.end(&self.path(&format!("slurmd-{node}.pid")), Signal::SIGKILL);
+        self.run(
+            "scontrol",
+            &[
+                "update",
+                &format!("nodename={node}"),
+                "state=down",
+                "reason=test",
+            ],
+        );
+    }
+
+    /// Ends the process of a file with its number, and waits for that.
+    fn end(&self, file: &Path, signal: Signal) {
+        let number = fs::read_to_string(file).ok();
+        let Some(pid) = number.and_then(|number| number.trim().parse().ok()) else {
+            return;
+        };
+        let pid = Pid::from_raw(pid);
+        let start = Instant::now();
+        let mut signal = signal;
+        while kill(pid, signal).is_ok() && !is_zombie(pid) {
+            if start.elapsed() > Duration::from_secs(10) {
+                signal = Signal::SIGKILL;
+            }
+            if start.elapsed() > Duration::from_secs(20) {
+                return;
+            }
+            sleep(Duration::from_millis(50));
+        }
+    }
+
+    /// The processes that were started with this cluster's settings, daemons and steps, and all that those started.
+    fn processes(&self) -> Vec<Pid> {
+        let mark = format!("SLURM_CONF={}", self.conf().display());
+        let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
+        let pids = entries.filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok());
+        let parents: BTreeMap<i32, i32> = pids.map(|pid| (pid, parent(pid))).collect();
+        let is_marked = |pid: i32| {
+            let environment = fs::read(format!("/proc/{pid}/environ")).unwrap_or_default();
+            environment
+                .split(|byte| *byte == 0)
+                .any(|variable| variable == mark.as_bytes())
+        };
+        let is_ours = |pid: &&i32| {
+            let line = std::iter::successors(Some(**pid), |pid| parents.get(pid).copied());
+            line.take_while(|pid| *pid > 1).any(is_marked)
+        };
+        parents
+            .keys()
+            .filter(is_ours)
+            .map(|pid| Pid::from_raw(*pid))
+            .collect()
+    }
+}
+
+/// The parent of a process; 0 if it is gone.
+fn parent(pid: i32) -> i32 {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    // Behind the name, which may have anything in it: the state and the parent.
+    let rest = stat.rsplit_once(") ").map(|(_, rest)| rest);
+    let parent = rest.and_then(|rest| rest.split(' ').nth(1)?.parse().ok());
+    parent.unwrap_or_default()
+}
+
+impl Cluster {
+    /// How many of the cluster's processes have this word among their arguments.
+    pub(crate) fn processes_of(&self, word: &str) -> usize {
+        let has = |pid: &&Pid| {
+            let line = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+            String::from_utf8_lossy(&line).contains(word)
+        };
+        self.processes().iter().filter(has).count()
+    }
+}
+
+fn is_zombie(pid: Pid) -> bool {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    stat.rsplit_once(") ")
+        .is_some_and(|(_, rest)| rest.starts_with('Z'))
+}
+
+impl Drop for Cluster {
+    fn drop(&mut self) {
+        // The whole of it, whether the test went well or not: first the daemons, so that they start nothing, then what they started.
+        for node in 1..=self.nodes {
+            self.end(&self.path(&format!("slurmd-n{node}.pid")), Signal::SIGTERM);
+        }
+        self.end(&self.path("slurmctld.pid"), Signal::SIGTERM);
+        for pid in self.processes() {
+            let _ = kill(pid, Signal::SIGKILL);
+        }
+        self.end(&self.path("munge/pid"), Signal::SIGTERM);
+    }
+}
