@@ -109,12 +109,28 @@ fn foresee(recipe: &Recipe, here: &Path) -> Result<(), RecipeErrors> {
         Some(confine::error(recipe, &path, told.message, told.hint))
     });
     let mut errors: Vec<_> = errors.collect();
+    errors.extend(recipe.stages.iter().filter_map(|stage| {
+        let message = without_mpi(stage.handling.resources.processes())?;
+        let path = format!("stages.{}.resources.processes", stage.name);
+        let hint = "install an MPI (on Debian the packages libopenmpi-dev, openmpi-bin and libclang-dev) and build it with \
+                    `cargo build --release --features mpi`";
+        Some(confine::error(recipe, &path, message, hint.to_owned()))
+    }));
     errors.sort_by_key(|error| error.span.map(|span| (span.line, span.column)));
     if errors.is_empty() {
         Ok(())
     } else {
         Err(RecipeErrors(errors))
     }
+}
+
+/// Why this build can't run a stage as so many processes, if it can't.
+fn without_mpi(processes: usize) -> Option<String> {
+    (processes > 1 && !cfg!(feature = "mpi")).then(|| {
+        format!(
+            "this build of pipeline has no MPI, by which {processes} processes would find each other"
+        )
+    })
 }
 
 fn here() -> Result<PathBuf, Failure> {

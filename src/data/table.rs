@@ -92,8 +92,10 @@ pub struct Split {
     files: Vec<PathBuf>,
     schema: SchemaRef,
     rows: usize,
-    /// The first row and the number of rows, where it is a part of its one file.
-    part: Option<(usize, usize)>,
+    /// The number of rows of each file.
+    counts: Vec<usize>,
+    /// For each file the first row and the number of rows, where it is a part of a split.
+    parts: Option<Vec<(usize, usize)>>,
 }
 
 impl Split {
@@ -120,13 +122,16 @@ impl Split {
     pub fn of_files(name: &str, files: Vec<PathBuf>) -> Result<Self> {
         let mut schema: Option<SchemaRef> = None;
         let mut rows = 0;
+        let mut counts = Vec::with_capacity(files.len());
         for file in &files {
+            let before = rows;
             let reader = reader(file)?;
             let count = reader.metadata().file_metadata().num_rows();
             rows = usize::try_from(count)
                 .ok()
                 .and_then(|count| count.checked_add(rows))
                 .ok_or_else(|| anyhow!("`{}` says it has {count} rows", file.display()))?;
+            counts.push(rows - before);
             let found = plain(reader.schema());
             match &schema {
                 None => schema = Some(found),
@@ -144,15 +149,24 @@ impl Split {
             files,
             schema,
             rows,
-            part: None,
+            counts,
+            parts: None,
         })
     }
 
-    /// Some rows of a split of one file, as a split.
-    pub(in crate::data) fn slice(&self, start: usize, rows: usize) -> Self {
+    /// Some rows of a whole split, as a split.
+    pub fn slice(&self, start: usize, rows: usize) -> Self {
+        let mut before = 0;
+        let parts = self.counts.iter().map(|&count| {
+            let from = start.clamp(before, before + count);
+            let to = start.saturating_add(rows).clamp(before, before + count);
+            let part = (from - before, to - from);
+            before += count;
+            part
+        });
         Self {
             rows,
-            part: Some((start, rows)),
+            parts: Some(parts.collect()),
             ..self.clone()
         }
     }
@@ -179,8 +193,10 @@ impl Split {
 
     /// The rows from the first to the last, in batches of at most `batch_rows`, and of at most some MiB unless one row has more.
     pub fn batches(&self, batch_rows: usize) -> impl Iterator<Item = Result<RecordBatch>> + use<> {
-        let (schema, part) = (self.schema.clone(), self.part);
+        let schema = self.schema.clone();
+        let mut parts = self.parts.clone().map(Vec::into_iter);
         self.files.clone().into_iter().flat_map(move |file| -> Batches {
+            let part = parts.as_mut().and_then(Iterator::next);
             let schema = schema.clone();
             let opened = viewer(&file, batch_rows, part).and_then(|batches| {
                 let held = std::fs::metadata(&file)?.len();
@@ -383,6 +399,37 @@ mod tests {
             range.map(|n| format!("row {n}")),
         ));
         RecordBatch::try_from_iter([("n", numbers), ("text", texts)]).unwrap()
+    }
+
+    #[test]
+    fn slices_of_a_split_of_several_files_join_to_the_split() {
+        let folder = tempfile::tempdir().unwrap();
+        for (name, range) in [
+            ("train-00000-of-00003", 0..3),
+            ("train-00001-of-00003", 3..4),
+            ("train-00002-of-00003", 4..9),
+        ] {
+            let mut writer =
+                Writer::create(folder.path(), name, plain(&batch(0..1).schema())).unwrap();
+            writer.write(&batch(range)).unwrap();
+            writer.finish().unwrap();
+        }
+        let split = Split::open(folder.path(), "train").unwrap();
+        let numbers = |split: &Split| -> Vec<i64> {
+            let batches = split.batches(2).map(Result::unwrap);
+            let columns = batches.map(|batch| batch.column(0).clone());
+            columns
+                .flat_map(|column| {
+                    let column = column.as_any().downcast_ref::<Int64Array>().unwrap();
+                    column.values().to_vec()
+                })
+                .collect()
+        };
+        for (start, rows) in [(0, 9), (0, 0), (2, 3), (3, 1), (4, 5), (8, 1), (9, 0)] {
+            let slice = split.slice(start, rows);
+            let expected: Vec<i64> = (start as i64..(start + rows) as i64).collect();
+            assert_eq!((slice.rows(), numbers(&slice)), (rows, expected));
+        }
     }
 
     #[test]

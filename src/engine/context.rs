@@ -15,6 +15,7 @@ use super::control::Control;
 use super::device::DeviceChoice;
 use super::fingerprint::Fingerprint;
 use super::manifest::Entry;
+use super::part::{Part, Shard};
 use super::position::Pace;
 use super::stage_events::StageEvents;
 use super::stat::Stat;
@@ -37,6 +38,8 @@ pub struct Context {
     pub(crate) scratch_note: Vec<u8>,
     /// The folder with the continuations of the stage's family, if it has one.
     pub(crate) continuations: Option<PathBuf>,
+    /// The part of the stage's work that is to be done.
+    pub(crate) part: Part,
     pub(crate) env: Arc<RunEnv>,
     pub(crate) events: Arc<StageEvents>,
     pub(crate) control: Control,
@@ -75,6 +78,7 @@ impl Context {
             scratch: (&task.scratch).into(),
             scratch_note: task.scratch_note.clone(),
             continuations: task.continuations.as_ref().map(Into::into),
+            part: task.part.clone(),
             env,
             events,
             control,
@@ -255,6 +259,23 @@ impl Context {
         list().with_context(|| format!("could not read `{}`", folder.display()))
     }
 
+    /// The shard that is to be made, if this is not the whole stage ([`super::Stage::SHARDS`]). Its rows go into the output folder in whatever
+    /// form the stage reads in [`Context::shards`].
+    pub fn shard(&self) -> Option<Shard> {
+        match self.part {
+            Part::Shard(shard) => Some(shard),
+            Part::Whole | Part::Joined(_) => None,
+        }
+    }
+
+    /// The output folders of all shards, in order, if there are any to be joined.
+    pub fn shards(&self) -> Option<Vec<&Path>> {
+        match &self.part {
+            Part::Joined(folders) => Some(folders.iter().map(Path::new).collect()),
+            Part::Whole | Part::Shard(_) => None,
+        }
+    }
+
     /// Settings of the run.
     pub fn env(&self) -> &RunEnv {
         &self.env
@@ -393,6 +414,7 @@ impl Context {
             scratch: folder.join("scratch"),
             scratch_note: Vec::new(),
             continuations: None,
+            part: Part::Whole,
             env: Arc::default(),
             events: Arc::new(StageEvents::new(std::sync::mpsc::channel().0)),
             control: Control::default(),

@@ -12,6 +12,8 @@ use super::Span;
 #[derive(Debug, Clone, Default)]
 pub struct Control {
     cancel: Arc<AtomicBool>,
+    /// Stops this part of the stage alone.
+    own: Option<Arc<AtomicBool>>,
     /// When the time of the stage began, and how long it has.
     limit: Option<(Arc<Mutex<Instant>>, Span)>,
 }
@@ -20,7 +22,19 @@ impl Control {
     /// Stops when `cancel` is set, or when `timeout` from now is over.
     pub fn new(cancel: Arc<AtomicBool>, timeout: Option<Span>) -> Self {
         let limit = timeout.map(|span| (Arc::new(Mutex::new(Instant::now())), span));
-        Self { cancel, limit }
+        Self {
+            cancel,
+            own: None,
+            limit,
+        }
+    }
+
+    /// The same for a part of the stage, which `own` stops, too.
+    pub(super) fn or(&self, own: Arc<AtomicBool>) -> Self {
+        Self {
+            own: Some(own),
+            ..self.clone()
+        }
     }
 
     /// Makes the stage stop.
@@ -30,7 +44,8 @@ impl Control {
 
     /// Whether the stage was told to stop, whatever its time limit.
     pub fn is_cancelled(&self) -> bool {
-        self.cancel.load(Ordering::Relaxed)
+        let own = self.own.as_ref();
+        self.cancel.load(Ordering::Relaxed) || own.is_some_and(|own| own.load(Ordering::Relaxed))
     }
 
     /// Lets the time of the stage begin now: it has only waited so far.

@@ -3,6 +3,8 @@
 
 mod child_process;
 mod in_process;
+mod launch;
+mod sharded;
 mod slurm;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -23,6 +25,9 @@ pub use child_process::ChildProcess;
 use child_process::allocator;
 pub use in_process::InProcess;
 pub(super) use in_process::run_task;
+pub(super) use launch::command as launched;
+pub use launch::prefix;
+pub(super) use sharded::execute as execute_sharded;
 pub(super) use slurm::Slurm;
 pub use slurm::{Cluster, Jobs, SlurmSettings};
 
@@ -65,9 +70,10 @@ impl Executors {
     /// Executors of stages of these kinds. `program` is this program, to be started as `program work`; without it all stages run in
     /// this process.
     pub fn new(kinds: &'static [Kind], env: Arc<RunEnv>, program: Option<PathBuf>) -> Self {
+        let lookup = env.lookup;
         Self {
             in_process: InProcess::new(kinds, Arc::clone(&env)),
-            child_process: program.map(ChildProcess::new),
+            child_process: program.map(|program| ChildProcess::new(program, lookup)),
             clusters: BTreeMap::new(),
             env,
             jobs: Arc::default(),

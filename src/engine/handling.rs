@@ -49,6 +49,17 @@ pub struct Resources {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(extend("examples" = [8]))]
     pub cpus: Option<NonZeroUsize>,
+    /// The number of processes that a training is divided among, each with its part of the micro-batches of a step
+    /// (`gradient_accumulation_steps` divided by this) and of `cpus`: on this machine, or inside a job of Slurm on all its nodes. The result
+    /// counts as the same, and is within rounding. It needs a pipeline that was built with the feature `mpi`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(extend("examples" = [2]))]
+    pub processes: Option<NonZeroUsize>,
+    /// The number of tasks into which a stage of data is divided, each of which makes a part of its rows; another one joins them. The
+    /// result is the same to the byte. Without it one task makes all rows, with all its threads.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(extend("examples" = [8]))]
+    pub shards: Option<NonZeroUsize>,
     /// Memory to reserve for the stage. Used for scheduling only; not a limit. Stages that only read data, templates and models are
     /// limited to 4 GiB, or to this if it is more.
     #[serde(default)]
@@ -72,6 +83,8 @@ impl Default for Resources {
     fn default() -> Self {
         Self {
             cpus: None,
+            processes: None,
+            shards: None,
             memory: Bytes::default(),
             gpus: 0,
             isolated: isolated(),
@@ -91,8 +104,14 @@ pub struct Machine {
 }
 
 impl Resources {
+    /// The number of cores it counts as: each process computes on one at least.
     fn cpus(&self) -> usize {
-        self.cpus.map_or(1, NonZeroUsize::get)
+        self.cpus.map_or(1, NonZeroUsize::get).max(self.processes())
+    }
+
+    /// The number of processes, 1 unless it says otherwise.
+    pub fn processes(&self) -> usize {
+        self.processes.map_or(1, NonZeroUsize::get)
     }
 }
 

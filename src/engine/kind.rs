@@ -56,6 +56,8 @@ pub trait AnyStage: Send + Sync {
     fn exclusive(&self) -> bool;
     /// [`Stage::BOUNDED`].
     fn bounded(&self) -> bool;
+    /// [`Stage::SHARDS`].
+    fn shards(&self) -> bool;
     /// [`Stage::HAS_EXTERNAL_FACTS`].
     fn has_external_facts(&self) -> bool;
     /// [`Stage::RUNS_PROGRAMS`].
@@ -66,6 +68,8 @@ pub trait AnyStage: Send + Sync {
     fn params(&self) -> serde_json::Result<serde_json::Value>;
     /// [`super::check`]: numbers out of bounds, and [`Stage::check`].
     fn check(&self) -> Vec<Problem>;
+    /// [`Stage::check_processes`].
+    fn check_processes(&self, processes: usize) -> Result<(), Problem>;
     /// [`Stage::external_facts`].
     fn external_facts(&self, env: &RunEnv) -> anyhow::Result<BTreeMap<String, String>>;
     /// [`Stage::variables`].
@@ -100,6 +104,9 @@ impl<S: Stage> AnyStage for S {
     fn bounded(&self) -> bool {
         S::BOUNDED
     }
+    fn shards(&self) -> bool {
+        S::SHARDS
+    }
     fn has_external_facts(&self) -> bool {
         S::HAS_EXTERNAL_FACTS
     }
@@ -114,6 +121,9 @@ impl<S: Stage> AnyStage for S {
     }
     fn check(&self) -> Vec<Problem> {
         super::check(self)
+    }
+    fn check_processes(&self, processes: usize) -> Result<(), Problem> {
+        Stage::check_processes(self, processes)
     }
     fn external_facts(&self, env: &RunEnv) -> anyhow::Result<BTreeMap<String, String>> {
         Stage::external_facts(self, env)

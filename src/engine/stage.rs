@@ -29,6 +29,10 @@ pub trait Stage: Serialize + DeserializeOwned + JsonSchema + Send + Sync + 'stat
     /// of them: its process may then take no more than a few GiB of memory (see [`super::Task`]).
     const BOUNDED: bool = false;
 
+    /// Whether its rows can be made by several tasks (`resources: { shards: n }`). Such a stage asks [`Context::shard`] for the rows to make, and
+    /// [`Context::shards`] for what was made of them.
+    const SHARDS: bool = false;
+
     /// Whether [`Stage::external_facts`] gives facts that can change by themselves, such as the commit of a branch.
     const HAS_EXTERNAL_FACTS: bool = false;
 
@@ -57,6 +61,18 @@ pub trait Stage: Serialize + DeserializeOwned + JsonSchema + Send + Sync + 'stat
     /// [`super::Bounds`]) can express. It is called before any stage runs, and must not read files.
     fn check(&self) -> Vec<Problem> {
         Vec::new()
+    }
+
+    /// Checks whether so many processes, more than one, can share the work (`resources: { processes: n }`); a problem says why they can't.
+    /// Each of them runs [`Stage::run`], and the first one alone writes to the folders of its context.
+    fn check_processes(&self, _processes: usize) -> Result<(), Problem> {
+        Err(Problem::new(
+            "processes",
+            format!(
+                "`{}` runs in one process: `processes` is for trainings",
+                Self::KIND
+            ),
+        ))
     }
 
     /// External facts that determine the result, such as the commit that `main` refers to now. They become part of the fingerprint, and

@@ -12,6 +12,7 @@ use serde_json::Value;
 use super::device::DeviceChoice;
 use super::manifest::Entry;
 use super::params::{ARTIFACT_KEY, FILE_KEY, NEUTRAL_KEY, STAGE_KEY};
+use super::part::Part;
 use super::{Resources, Span, Stat};
 
 /// The memory limit, in bytes, of a stage that reads untrusted files and holds little of them at a time ([`super::Stage::BOUNDED`]),
@@ -22,7 +23,7 @@ const BOUNDED_MEMORY: u64 = 4 << 30;
 const LONGEST_TEXT: usize = 8000;
 
 /// One attempt at one stage. It contains no secrets; those are passed in the environment.
-#[derive(Debug, Serialize, Deserialize)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Task {
     /// [`TASK_VERSION`].
     pub version: u32,
@@ -41,6 +42,12 @@ pub struct Task {
     pub offline: bool,
     /// Threads it may compute with.
     pub cpus: Option<NonZeroUsize>,
+    /// The number of processes that share the work, 1 where it doesn't say. They share `cpus`, too.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub processes: Option<NonZeroUsize>,
+    /// Which part of the stage's work it is, all of it where it doesn't say.
+    #[serde(default, skip_serializing_if = "Part::is_whole")]
+    pub part: Part,
     /// The largest number of bytes of private memory of the process. Mapped files and stacks don't count.
     pub memory: Option<u64>,
     /// The devices it has to itself.
@@ -85,7 +92,7 @@ pub const TASK_VERSION: u32 = 1;
 
 impl Task {
     /// Reads a task. Errors say which versions don't fit.
-    pub(super) fn read(json: &[u8]) -> anyhow::Result<Self> {
+    pub fn read(json: &[u8]) -> anyhow::Result<Self> {
         #[derive(Deserialize)]
         struct Versions {
             version: u32,

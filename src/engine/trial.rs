@@ -9,6 +9,7 @@ use serde_json::Value;
 use super::control::Control;
 use super::executor::TaskResult;
 use super::graph::Node;
+use super::part::Part;
 use super::plan::Session;
 use super::stage_events::StageEvents;
 use super::task::{TASK_VERSION, Task, memory, unmarked};
@@ -102,6 +103,9 @@ impl Session<'_> {
             exclusive: node.stage.exclusive(),
             offline: self.env.offline,
             cpus: resources.cpus,
+            // It looks at what one process would take.
+            processes: None,
+            part: Part::Whole,
             memory: memory(node.stage.bounded(), resources),
             gpus: Vec::new(),
             device: node.handling.device,

@@ -3,6 +3,7 @@
 use std::io::{BufRead, Write};
 use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::channel;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -13,7 +14,8 @@ use rayon::ThreadPoolBuilder;
 
 use super::control::Control;
 use super::event::{EVENT_VERSION, Event};
-use super::executor::{CANCEL, ChildProcess, Executor as _, TaskResult, run_task};
+pub use super::executor::prefix;
+use super::executor::{CANCEL, ChildProcess, Executor as _, TaskResult, launched, run_task};
 use super::job::JobFolder;
 use super::stage_events::StageEvents;
 use super::task::{Lasting, Task, causes, is_full, short};
@@ -39,6 +41,43 @@ pub fn catch_panics() {
     }));
 }
 
+/// The error of the last panic, and of a stage that panicked.
+pub fn panicked() -> anyhow::Error {
+    let panic = PANIC.lock().unwrap_or_else(PoisonError::into_inner).take();
+    anyhow!(panic.unwrap_or_else(|| in_words("no message", None)))
+}
+
+/// The line that tells an executor how a task failed, behind the end of whatever line another process is in the middle of.
+pub fn failure(error: &anyhow::Error) -> Vec<u8> {
+    let mut line = vec![b'\n'];
+    failed(error).write_line(&mut line);
+    line
+}
+
+fn failed(error: &anyhow::Error) -> Event {
+    Event::WorkFailed {
+        causes: causes(error),
+        disk_full: is_full(error),
+        lasting: error.is::<Lasting>(),
+    }
+}
+
+/// The command that starts the processes of a task whose file is at `path`, and the program that it is; `None` for a task of one process.
+/// `lookup` reads the environment.
+pub fn launcher(
+    task: &Task,
+    path: &Path,
+    program: &Path,
+    lookup: fn(&str) -> Option<String>,
+) -> Option<(&'static str, Command)> {
+    let processes = task.processes.map_or(1, NonZeroUsize::get);
+    (processes > 1).then(|| {
+        let (launcher, mut command) = launched(program, processes, Some(lookup));
+        command.args(["work", "--member"]).arg(path);
+        (launcher, command)
+    })
+}
+
 /// Makes this process end with the one that started it. Called before anything else.
 pub fn end_with_parent() {
     // If the parent dies, this process must not continue to write, since the parent's lock is gone. Where the system has no such call,
@@ -62,13 +101,17 @@ pub struct Work {
     pub exit: fn() -> !,
 }
 
+/// Reads the text of a task: the first line of `orders`, whose other lines are orders.
+pub fn text_of_orders(orders: &mut dyn BufRead) -> anyhow::Result<Vec<u8>> {
+    let mut line = String::new();
+    let read = orders.read_line(&mut line);
+    read.context("could not read the task")?;
+    Ok(line.into_bytes())
+}
+
 /// Reads a task: from the first line of `orders`, whose other lines are orders, or from a file.
 pub fn read_task(orders: &mut dyn BufRead) -> anyhow::Result<Task> {
-    let mut line = String::new();
-    orders
-        .read_line(&mut line)
-        .context("could not read the task")?;
-    Task::read(line.as_bytes())
+    Task::read(&text_of_orders(orders)?)
 }
 
 /// Reads a task from a file.
@@ -77,16 +120,25 @@ pub fn read_task_file(path: &Path) -> anyhow::Result<Task> {
     read().with_context(|| format!("could not read the task `{}`", path.display()))
 }
 
-/// Runs the task in the folder of a job by another process of `program`, with so many threads if the task doesn't say. Its events and
+/// Runs the task in the folder of a job by another process of `program`, with so many threads if the task doesn't say; `lookup`
+/// reads the environment. Its events and
 /// its result are written into the folder. Returns whether the stage succeeded. Fails if the task could not begin.
 pub fn run_job(
     folder: &Path,
     program: PathBuf,
     cpus: Option<NonZeroUsize>,
+    lookup: fn(&str) -> Option<String>,
     cancel: Arc<AtomicBool>,
 ) -> anyhow::Result<bool> {
     let mut start = JobFolder::new(folder.to_owned()).start()?;
-    start.task.cpus = start.task.cpus.or(cpus);
+    // Several processes look at the nodes where each of them is.
+    if start
+        .task
+        .processes
+        .is_none_or(|processes| processes.get() == 1)
+    {
+        start.task.cpus = start.task.cpus.or(cpus);
+    }
     let mut file = start.events()?;
     file.write(&Event::WorkStarted {
         version: EVENT_VERSION,
@@ -102,7 +154,7 @@ pub fn run_job(
     let events = Arc::new(StageEvents::new(sender));
     // The runner enforces the time limit, and the scheduler does.
     let control = Control::new(Arc::clone(&cancel), None);
-    let result = ChildProcess::new(program).execute(&start.task, &events, &control);
+    let result = ChildProcess::new(program, Some(lookup)).execute(&start.task, &events, &control);
     // With the last sender the events end.
     drop(events);
     writer.join().map_err(|_| panicked())?;
@@ -119,11 +171,7 @@ pub fn run_job(
 fn last_event(result: anyhow::Result<TaskResult>) -> Event {
     match result {
         Ok(TaskResult { notes, written }) => Event::WorkDone { notes, written },
-        Err(error) => Event::WorkFailed {
-            causes: causes(&error),
-            disk_full: is_full(&error),
-            lasting: error.is::<Lasting>(),
-        },
+        Err(error) => failed(&error),
     }
 }
 
@@ -226,12 +274,6 @@ fn write(output: &Output, event: &Event) {
     let mut output = output.lock().unwrap_or_else(PoisonError::into_inner);
     // Without a listener this process is about to end.
     let _ = output.write_all(&line).and_then(|()| output.flush());
-}
-
-/// The error of a stage that panicked.
-fn panicked() -> anyhow::Error {
-    let panic = PANIC.lock().unwrap_or_else(PoisonError::into_inner).take();
-    anyhow!(panic.unwrap_or_else(|| in_words("no message", None)))
 }
 
 /// The error message for a panic. A panic in a library is blamed on its input, a panic in this program on a bug.

@@ -12,8 +12,9 @@ use anyhow::{Context as _, anyhow, bail};
 use super::canonical::Digest;
 use super::control::Control;
 use super::event::{Event, send};
-use super::executor::TaskResult;
+use super::executor::{TaskResult, execute_sharded};
 use super::graph::Node;
+use super::part::Part;
 use super::plan::{Prepared, Session};
 use super::reason::Reason;
 use super::record::{FORMAT, Record};
@@ -245,7 +246,15 @@ impl Worker<'_, '_> {
             let events = Arc::new(StageEvents::new(self.events.clone()));
             let control = Control::new(Arc::clone(&self.cancel), node.handling.timeout);
             let executors = self.session.executors;
-            let result = executors.execute(&node.handling, &task, &events, &control);
+            let execute = |task: &Task, events: &Arc<StageEvents>, control: &Control| {
+                executors.execute(&node.handling, task, events, control)
+            };
+            let result = match node.handling.resources.shards {
+                Some(shards) if shards.get() > 1 => {
+                    execute_sharded(&execute, &task, shards, &events, &control)
+                }
+                _ => execute(&task, &events, &control),
+            };
             let mut result = result.and_then(|result| control.check().map(|()| result));
             if self.cancel.load(Ordering::Relaxed)
                 && let Err(error) = result
@@ -319,6 +328,8 @@ impl Worker<'_, '_> {
             exclusive: node.stage.exclusive(),
             offline: self.session.env.offline,
             cpus: resources.cpus,
+            processes: resources.processes,
+            part: Part::Whole,
             memory: memory(node.stage.bounded(), resources),
             gpus: self.gpus.clone(),
             device: node.handling.device,

@@ -339,7 +339,7 @@ impl CausalLm {
             let (rows, length, width) = x.dims3()?;
             let mut values = x.flatten_all()?.to_vec1::<f32>()?;
             let tokens = 0..(rows * length) as u64;
-            noise::add(noise, &mut values, width, tokens, &[length]);
+            noise::add(noise, &mut values, width, tokens, &[length], 1);
             x = Tensor::from_vec(values, (rows, length, width), &self.device)?;
         }
         let mut segments = Vec::with_capacity(self.layers.len());

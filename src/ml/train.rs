@@ -3,6 +3,7 @@
 //! It knows no YAML, no store and no clock. It reports what it does to a callback, which may also stop it. With a folder for checkpoints, a
 //! stopped or killed training is resumed where it was and ends with the same bits.
 
+mod accumulate;
 pub(in crate::ml) mod adaptive;
 pub(super) mod best;
 pub mod bootstrap;
@@ -14,6 +15,7 @@ mod job;
 pub(super) mod log;
 pub mod optim;
 mod passes;
+pub mod process_group;
 mod resume;
 pub mod sampler;
 pub mod save;
@@ -25,8 +27,9 @@ mod trainer_state;
 mod watchdog;
 
 use std::ops::ControlFlow;
+use std::path::Path;
 
-use anyhow::{Context as _, bail};
+use anyhow::bail;
 use candle_core::DType;
 use pipeline_kernels::random::splitmix64;
 
@@ -35,13 +38,12 @@ use self::checkpoint::Resumed;
 use self::fault::Search;
 use self::log::Window;
 use self::optim::Optimizer;
+use self::process_group::{Alone, ProcessGroup, any, exchange, is_first};
 use self::sampler::{Group, Grouping, Sampler};
 use self::scaler::Scaler;
 use self::schedule::Schedule;
 use self::state::State;
 use self::watchdog::Watchdog;
-use super::model::batch::{Batch, Row};
-use super::model::linear::{DropoutSeed, EmbeddingNoise, Pass};
 use super::model::{CausalLm, Gradients};
 pub use best::{Best, Watch};
 pub use checkpoint::newest_checkpoint;
@@ -67,19 +69,38 @@ pub fn train(
     settings: &Settings,
     report: &mut Report<'_>,
 ) -> anyhow::Result<Ending> {
+    train_together(job, settings, &Alone, report)
+}
+
+/// The same by several processes, each of which calls this with the same job and settings. Every step has the rows and the loss that it has
+/// in one process; its micro-batches are dealt among the processes ([`process_group::dealt`]). With the same number of processes a training
+/// has the same bits each time, and with another one it differs by the order in which gradients are added. The first process alone writes
+/// files; the report of any process may stop all. In a process that returns an error the others wait: it has to end them.
+///
+/// # Errors
+/// As of [`train`].
+pub fn train_together(
+    job: &Job<'_>,
+    settings: &Settings,
+    processes: &dyn ProcessGroup,
+    report: &mut Report<'_>,
+) -> anyhow::Result<Ending> {
     job.check(settings)?;
-    let mut trainer = Trainer::new(job, settings);
+    let mut trainer = Trainer::new(job, settings, processes);
     let passed_over = trainer.resume()?;
-    trainer
-        .optimizer
-        .hold(&trainer.model.parameters, |tensors| {
-            job.execution.hold(tensors)
-        })?;
+    // Gradients of several processes are added here.
+    if processes.size() == 1 {
+        trainer
+            .optimizer
+            .hold(&trainer.model.parameters, |tensors| {
+                job.execution.hold(tensors)
+            })?;
+    }
     let beginning = Step {
         passed_over,
         ..trainer.step()
     };
-    if report(&beginning).is_break() {
+    if any(processes, report(&beginning).is_break()) {
         return trainer.interrupted();
     }
     let mut sampler = Sampler::new(settings.sampling, settings.data_seed, trainer.grouping);
@@ -88,17 +109,20 @@ pub fn train(
         let Some(accumulated) = trainer.accumulate(&group, report)? else {
             return trainer.interrupted();
         };
+        let (tokens, computed) = accumulated.by_others;
         let update = trainer.update(&group, accumulated)?;
         let mut logs = trainer.log(&group, &update);
         let alarm = trainer.watch();
         logs.extend(trainer.evaluate(&group)?);
         let step = Step {
+            tokens,
+            computed,
             logs,
             alarm,
             skipped: update.fault,
             ..trainer.step()
         };
-        if report(&step).is_break() {
+        if any(processes, report(&step).is_break()) {
             return trainer.interrupted();
         }
         if let Some(why) = trainer.watchdog.stop() {
@@ -114,6 +138,7 @@ pub fn train(
 struct Trainer<'a> {
     job: &'a Job<'a>,
     settings: &'a Settings,
+    processes: &'a dyn ProcessGroup,
     model: &'a CausalLm,
     grouping: Grouping,
     /// The number of all steps.
@@ -134,6 +159,8 @@ struct Accumulated {
     metrics: Window,
     /// The number of tokens in the micro-batches, without padding.
     tokens: usize,
+    /// The tokens without padding of other processes' micro-batches, and the tokens that these processes computed.
+    by_others: (usize, usize),
     /// The fault, if a loss is not finite.
     fault: Option<Fault>,
 }
@@ -149,13 +176,14 @@ struct Update {
 }
 
 impl<'a> Trainer<'a> {
-    fn new(job: &'a Job<'a>, settings: &'a Settings) -> Self {
+    fn new(job: &'a Job<'a>, settings: &'a Settings, processes: &'a dyn ProcessGroup) -> Self {
         let model = job.execution.model();
         let total = settings.total_steps(job.rows.len());
         let schedule = settings.schedule(total);
         Self {
             job,
             settings,
+            processes,
             model,
             grouping: settings.grouping(job.rows.len()),
             total,
@@ -176,8 +204,19 @@ impl<'a> Trainer<'a> {
         let Some(scratch) = self.job.scratch else {
             return Ok(Vec::new());
         };
-        let Resumed { state, passed_over } =
-            checkpoint::resume(scratch, self.model, &mut self.optimizer)?;
+        let (model, optimizer) = (self.model, &mut self.optimizer);
+        let mut resumed = Resumed::default();
+        if is_first(self.processes) {
+            resumed = checkpoint::resume(scratch, model, optimizer)?;
+        }
+        let step = resumed.state.as_ref().map(|state| state.step);
+        let of_first = exchange(self.processes, step)?.first().copied().flatten();
+        if let Some(step) = of_first
+            && !is_first(self.processes)
+        {
+            resumed.state = Some(checkpoint::resume_at(scratch, step, model, optimizer)?);
+        }
+        let Resumed { state, passed_over } = resumed;
         if let Some(state) = state {
             self.state = state;
             for log in &self.state.history {
@@ -202,93 +241,6 @@ impl<'a> Trainer<'a> {
         }
     }
 
-    /// The forward and backward passes of a step's micro-batches, as many of them in one pass as fit. `None` if the callback stops the
-    /// training in between.
-    fn accumulate(
-        &mut self,
-        group: &Group,
-        report: &mut Report<'_>,
-    ) -> anyhow::Result<Option<Accumulated>> {
-        let (job, settings) = (self.job, self.settings);
-        let passes = job.passes();
-        let rows = group.micro_batches.iter().map(|indices| {
-            let rows = indices.iter().filter_map(|&index| job.rows.get(index));
-            rows.collect::<Vec<&Row>>()
-        });
-        let batches = rows.map(|rows| job.loss.batch(&rows, job.pad));
-        let batches = batches.collect::<anyhow::Result<Vec<Batch>>>()?;
-        let weights = batches
-            .iter()
-            .map(|batch| job.loss.weight(job.loss.targets(batch).len()));
-        let weights: Vec<f64> = weights.collect();
-        let all: f64 = weights.iter().sum();
-        let shares: Vec<f64> = weights.iter().map(|weight| weight / all).collect();
-
-        let mut accumulated = Accumulated {
-            loss: 0.,
-            gradients: Gradients::none(self.model),
-            metrics: Window::default(),
-            tokens: 0,
-            fault: None,
-        };
-        let mut done = 0;
-        while done < batches.len() {
-            let seed = DropoutSeed {
-                seed: dropout_seed(settings.seed, self.state.step),
-                batch: done,
-            };
-            let noise = settings.neftune_noise_alpha;
-            let pass = Pass {
-                noise: noise.map(|alpha| EmbeddingNoise { alpha, seed }),
-                ..Pass::train(settings.dropout.then_some(seed))
-            };
-            let rest: Vec<&Batch> = batches[done..].iter().collect();
-            let size = job.execution.pass_size(&rest, pass, settings.checkpointing);
-            let now = done..done + size.micro_batches.clamp(1, rest.len());
-            let scaled = batches[now.clone()]
-                .iter()
-                .zip(&shares[now.clone()])
-                .map(|(batch, share)| (batch, share * self.state.scaler.scale));
-            let outcomes = passes
-                .differentiate(
-                    &scaled.collect::<Vec<_>>(),
-                    pass,
-                    settings.checkpointing,
-                    &mut accumulated.gradients,
-                )
-                .with_context(|| {
-                    let (step, split) = (self.state.step + 1, &job.origin.split);
-                    let rows = group.micro_batches[now.clone()].concat();
-                    let rows = self.search.rows(&rows);
-                    format!("step {step}, rows {rows:?} of `{split}`")
-                })?;
-            for (index, outcome) in now.clone().zip(outcomes) {
-                done = index + 1;
-                accumulated.loss += shares[index] * outcome.loss;
-                for (name, value) in &outcome.metrics {
-                    accumulated.metrics.add(name, *value);
-                }
-                if !outcome.loss.is_finite() {
-                    let rows = &group.micro_batches[index];
-                    accumulated.fault = Some(self.fault("loss", outcome.loss, rows)?);
-                    return Ok(Some(accumulated));
-                }
-                let tokens = batches[index].tokens();
-                accumulated.tokens += tokens;
-                let step = Step {
-                    micro_batches: done,
-                    tokens,
-                    computed: if index == now.start { size.tokens } else { 0 },
-                    ..self.step()
-                };
-                if report(&step).is_break() {
-                    return Ok(None);
-                }
-            }
-        }
-        Ok(Some(accumulated))
-    }
-
     /// One step of the optimiser: unscale, clip, update. If something is not finite, neither weights nor moments nor the schedule change.
     fn update(&mut self, group: &Group, accumulated: Accumulated) -> anyhow::Result<Update> {
         let settings = self.settings;
@@ -298,6 +250,7 @@ impl<'a> Trainer<'a> {
             mut metrics,
             tokens,
             mut fault,
+            ..
         } = accumulated;
         let unscale = 1. / self.state.scaler.scale;
         let grad_norm = if self.optimizer.is_held() {
@@ -406,7 +359,8 @@ impl<'a> Trainer<'a> {
         let wanted = is_due || is_last && settings.eval_every.is_some();
         if wanted && !job.eval_rows.is_empty() {
             let (size, pad) = (settings.eval_batch_size, job.pad);
-            let mut metrics = evaluate::metrics(&job.passes(), job.eval_rows, size, pad)?;
+            let mut metrics =
+                evaluate::metrics(&job.passes(), job.eval_rows, size, pad, self.processes)?;
             if job.loss.logs_num_tokens() {
                 metrics.insert("num_tokens".into(), self.state.tokens as f64);
             }
@@ -419,7 +373,7 @@ impl<'a> Trainer<'a> {
                 && let Some(value) = metrics.get(&watch.metric)
                 && self.state.best.judge(watch, *value, self.state.step)
                 && watch.load
-                && let Some(scratch) = job.scratch
+                && let Some(scratch) = self.writes_to(job.scratch)
             {
                 self.optimizer.copy_back(&self.model.parameters)?;
                 let digest = best::keep(scratch, self.model, self.state.step)?;
@@ -443,7 +397,7 @@ impl<'a> Trainer<'a> {
     }
 
     fn keep_continuation(&mut self) -> anyhow::Result<()> {
-        let Some(folder) = self.job.continuation else {
+        let Some(folder) = self.writes_to(self.job.continuation) else {
             return Ok(());
         };
         self.optimizer.copy_back(&self.model.parameters)?;
@@ -457,8 +411,13 @@ impl<'a> Trainer<'a> {
         )
     }
 
+    /// The folder, if it is this process that writes to it.
+    fn writes_to(&self, folder: Option<&'a Path>) -> Option<&'a Path> {
+        folder.filter(|_| is_first(self.processes))
+    }
+
     fn save_checkpoint(&mut self) -> anyhow::Result<()> {
-        let Some(scratch) = self.job.scratch else {
+        let Some(scratch) = self.writes_to(self.job.scratch) else {
             return Ok(());
         };
         self.optimizer.copy_back(&self.model.parameters)?;
@@ -492,13 +451,13 @@ impl<'a> Trainer<'a> {
     fn finish(mut self) -> anyhow::Result<Ending> {
         self.optimizer.release(&self.model.parameters)?;
         let (step, settings) = (self.state.step, self.settings);
-        if let Some(folder) = self.job.continuation
+        if let Some(folder) = self.writes_to(self.job.continuation)
             && step < self.total
         {
             resume::note_early_stop(folder, step, self.total)?;
         }
         let loads_best = settings.watch.as_ref().is_some_and(|watch| watch.load);
-        if let Some(scratch) = self.job.scratch
+        if let Some(scratch) = self.writes_to(self.job.scratch)
             && loads_best
         {
             best::restore(scratch, self.model, &self.state.best)?;

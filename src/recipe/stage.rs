@@ -131,9 +131,57 @@ fn stage(draft: &mut Draft, name: String, path: &RecipePath, value: &Value) -> D
             );
             draft.value_error(&child(path, "device"), message, None);
         }
+        check_processes(draft, &staged.handling, path, &*typed.stage);
+        check_shards(draft, &staged.handling, path, &*typed.stage);
         staged.typed = Some(typed.stage);
     }
     staged
+}
+
+/// Tells whether a stage can't run as so many processes as `resources` says.
+fn check_processes(
+    draft: &mut Draft,
+    handling: &Handling,
+    path: &RecipePath,
+    stage: &dyn AnyStage,
+) {
+    let resources = &handling.resources;
+    let processes = resources.processes();
+    if processes == 1 {
+        return;
+    }
+    let found = if let Err(problem) = stage.check_processes(processes) {
+        Some((problem.message, problem.hint))
+    } else if !resources.isolated {
+        let message = "with `isolated: false` there is one process alone, the runner's".to_owned();
+        Some((message, None))
+    } else if handling.device != DeviceChoice::Cpu {
+        let message = "several processes compute on processors: `device` is for one".to_owned();
+        Some((message, None))
+    } else {
+        None
+    };
+    if let Some((message, hint)) = found {
+        let at = child(&child(path, "resources"), "processes");
+        draft.value_error(&at, message, hint);
+    }
+}
+
+/// Tells whether a stage can't be made in shards that `resources` asks for.
+fn check_shards(draft: &mut Draft, handling: &Handling, path: &RecipePath, stage: &dyn AnyStage) {
+    if handling
+        .resources
+        .shards
+        .is_some_and(|shards| shards.get() > 1)
+        && !stage.shards()
+    {
+        let message = format!(
+            "`{}` is one task: `shards` is for stages that make rows of rows, `apply_chat_template` and `tokenize`",
+            stage.kind()
+        );
+        let at = child(&child(path, "resources"), "shards");
+        draft.value_error(&at, message, None);
+    }
 }
 
 /// Reads the runner's own keys beside the kind, telling every mistake in them.

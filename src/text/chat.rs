@@ -7,6 +7,7 @@ use std::ops::Range;
 
 use anyhow::{Context as _, Result, anyhow, bail, ensure};
 use minijinja::Value;
+use serde::{Deserialize, Serialize};
 
 use super::filters::is_space;
 use super::rendered::{Frame, reads_parts};
@@ -44,7 +45,7 @@ pub struct ChatRow {
 }
 
 /// A row as text.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Rendered {
     /// The conversation up to where the answer begins.
     pub prompt: String,
@@ -66,7 +67,7 @@ impl Rendered {
 }
 
 /// Observations about a row, which are counted and reported.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Seen {
     /// The row was already rendered by this template, and is used unchanged.
     pub already_rendered: bool,

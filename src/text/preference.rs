@@ -4,6 +4,7 @@
 use std::ops::Range;
 
 use anyhow::Result;
+use serde::{Deserialize, Serialize};
 
 use super::tokenizer::Tokenizer;
 
@@ -37,7 +38,7 @@ impl Truncation {
 }
 
 /// The ids of one side of a row: a prompt and an answer.
-#[derive(Debug, Clone, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct SideIds {
     /// The prompt.
     pub prompt: Vec<u32>,
@@ -46,7 +47,7 @@ pub struct SideIds {
 }
 
 /// The ids of a row.
-#[derive(Debug, Clone, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct RowIds {
     /// The (better) answer's side.
     pub chosen: SideIds,
@@ -66,7 +67,7 @@ pub struct RowIds {
 }
 
 /// Why a row can't be trained on.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub enum SkipReason {
     /// The prompt alone is `max_length` tokens or more, so no answer token is left.
     PromptTooLong,

@@ -57,6 +57,8 @@ const LAYERS: [Layer; 11] = [
             "candle_nn",
             "fancy_regex",
             "half",
+            // Behind the feature `mpi`.
+            "mpi",
             "pipeline_kernels",
             // Behind the feature `gpu`.
             "pipeline_kernels_gpu",

@@ -100,6 +100,10 @@ mod same_numbers;
 #[cfg(test)]
 mod scores;
 #[cfg(test)]
+mod several_processes;
+#[cfg(test)]
+mod shards;
+#[cfg(test)]
 mod shells;
 #[cfg(test)]
 mod shrinking;

@@ -3,6 +3,7 @@
 //! and its result are files in the folder of a job. Not for people.
 
 use std::io::{BufReader, stdin, stdout};
+use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -13,9 +14,28 @@ use pipeline_kernels::dispatch::{Isa, limit};
 use crate::cli::leaving::on_interrupt;
 use crate::cli::{Failure, project, variable};
 use crate::engine::work::{
-    Orders, Work, catch_panics, end_with_parent, read_task, read_task_file, run_job,
+    Orders, Work, catch_panics, end_with_parent, launcher, read_task, read_task_file, run_job,
 };
 use crate::stages::KINDS;
+
+#[cfg(feature = "mpi")]
+mod member;
+
+/// One of the processes of a task, in a build that has no MPI.
+#[cfg(not(feature = "mpi"))]
+mod member {
+    use std::path::Path;
+
+    use crate::cli::Failure;
+
+    pub(super) fn run(_: Option<&Path>) -> Result<(), Failure> {
+        Err(anyhow::anyhow!(
+            "this build of pipeline has no MPI, which the processes of a task find each other by; hint: build it with \
+             `--features mpi` on every machine"
+        )
+        .into())
+    }
+}
 
 /// The variable with the largest instruction set that the kernels may use, to measure what another processor would do. It changes
 /// results by the order of sums at most, so no result is keyed by it.
@@ -28,6 +48,9 @@ const CPUS: &str = "SLURM_CPUS_ON_NODE";
 pub(in crate::cli) struct Args {
     /// The task, a JSON file [default: the first line of standard input]
     task: Option<PathBuf>,
+    /// Whether `mpirun` or `srun` started this process as one of several for the task
+    #[arg(long, hide = true)]
+    member: bool,
     /// The folder of a job: its task is run in a process of its own, and the folder gets its events and its result
     #[arg(long, value_name = "DIR", conflicts_with = "task")]
     job: Option<PathBuf>,
@@ -37,7 +60,7 @@ pub(in crate::cli) fn run(args: &Args) -> Result<(), Failure> {
     if let Some(folder) = &args.job {
         return job(folder);
     }
-    if args.task.is_none() {
+    if args.task.is_none() || args.member {
         end_with_parent();
     }
     catch_panics();
@@ -45,6 +68,9 @@ pub(in crate::cli) fn run(args: &Args) -> Result<(), Failure> {
         let names = Isa::ALL.map(Isa::name).join(", ");
         let isa = Isa::named(&name);
         limit(isa.ok_or_else(|| anyhow!("{VARIABLE} is `{name}`; it is one of {names}"))?);
+    }
+    if args.member {
+        return member::run(args.task.as_deref());
     }
     let cancel = Arc::new(AtomicBool::new(false));
     let (task, orders) = match &args.task {
@@ -58,7 +84,16 @@ pub(in crate::cli) fn run(args: &Args) -> Result<(), Failure> {
             // A scheduler ends its jobs by a signal.
             let cancel = Arc::clone(&cancel);
             on_interrupt(move || cancel.store(true, Ordering::Relaxed))?;
-            (read_task_file(path)?, None)
+            let task = read_task_file(path)?;
+            let own = std::env::current_exe().map_err(anyhow::Error::from)?;
+            if let Some((launcher, mut command)) = launcher(&task, path, &own, variable) {
+                // This process becomes the one that starts the others; signals of the scheduler go to it.
+                let error = anyhow::Error::from(command.exec());
+                return Err(error
+                    .context(format!("could not start `{launcher}`"))
+                    .into());
+            }
+            (task, None)
         }
     };
     let work = Work {
@@ -84,7 +119,7 @@ fn job(folder: &Path) -> Result<(), Failure> {
     on_interrupt(move || stop.store(true, Ordering::Relaxed))?;
     let program = project::own_program().ok_or_else(|| anyhow!("this program can't be found"))?;
     let cpus = variable(CPUS).and_then(|cpus| cpus.parse().ok());
-    if run_job(folder, program, cpus, cancel)? {
+    if run_job(folder, program, cpus, variable, cancel)? {
         Ok(())
     } else {
         Err(Failure::Reported)

@@ -1,7 +1,9 @@
 //! Runs a task in its own process: starts it, reads its events, stops it, and explains why it ended. If a library crashes on a file
 //! (stack overflow, out of memory, a mapped file that shrinks), only that process ends.
 
+use std::collections::BTreeSet;
 use std::io::{BufRead as _, BufReader, Read, Write as _};
+use std::num::NonZeroUsize;
 use std::os::unix::process::{CommandExt as _, ExitStatusExt as _};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
@@ -13,9 +15,10 @@ use anyhow::{Context as _, anyhow, bail};
 
 use super::super::Bytes;
 use super::super::control::Control;
-use super::super::event::{Event, check_version};
+use super::super::event::{Event, Level, check_version};
 use super::super::stage_events::StageEvents;
 use super::super::task::{Task, error};
+use super::launch::{self, Lookup};
 use super::{Executor, TaskResult};
 
 /// The interval at which a running stage is checked.
@@ -64,9 +67,13 @@ pub(super) fn allocator(exclusive: bool) -> Option<(&'static str, String)> {
 /// `program work`, for a stage that runs alone on the machine or not.
 fn command(program: &Path, exclusive: bool) -> Command {
     let mut command = Command::new(program);
+    command.arg0("pipeline").arg("work");
+    prepared(command, exclusive)
+}
+
+/// With pipes, and the allocator's setting for a stage that runs alone on the machine.
+fn prepared(mut command: Command, exclusive: bool) -> Command {
     command
-        .arg0("pipeline")
-        .arg("work")
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
         .stderr(Stdio::piped());
@@ -74,15 +81,36 @@ fn command(program: &Path, exclusive: bool) -> Command {
     command
 }
 
-/// Runs tasks each in a process of its own, `program work`: the task goes in on standard input, events come out on standard output.
+/// Runs tasks each in a process of its own, `program work`: the task goes in on standard input, events come out on standard output. A task for
+/// several processes is run by `mpirun program work --member` in the same way.
 pub struct ChildProcess {
     program: PathBuf,
+    lookup: Lookup,
 }
 
 impl ChildProcess {
-    /// Starts this program for each task.
-    pub fn new(program: PathBuf) -> Self {
-        Self { program }
+    /// Starts this program for each task; `lookup` reads the environment.
+    pub fn new(program: PathBuf, lookup: Option<fn(&str) -> Option<String>>) -> Self {
+        Self { program, lookup }
+    }
+
+    /// Starts the process of a task, or the one that starts its processes.
+    fn start(&self, task: &Task) -> anyhow::Result<Child> {
+        let processes = task.processes.map_or(1, NonZeroUsize::get);
+        if processes == 1 {
+            let child = command(&self.program, task.exclusive).spawn();
+            return child.context("could not start a process for the stage");
+        }
+        let (launcher, mut command) = launch::command(&self.program, processes, self.lookup);
+        // Ctrl-C at a terminal goes to all processes of its group, and would have the launcher end them.
+        command.args(["work", "--member"]).process_group(0);
+        let child = prepared(command, task.exclusive).spawn();
+        child.with_context(|| {
+            format!(
+                "could not start `{launcher}`, which starts the stage's {processes} processes; hint: install an MPI (Open MPI's package of \
+                 Debian is openmpi-bin)"
+            )
+        })
     }
 }
 
@@ -94,8 +122,7 @@ impl Executor for ChildProcess {
         control: &Control,
     ) -> anyhow::Result<TaskResult> {
         let before = kills_for_memory();
-        let child = command(&self.program, task.exclusive).spawn();
-        let mut running = Running(child.context("could not start a process for the stage")?);
+        let mut running = Running(self.start(task)?);
         let child = &mut running.0;
         let (Some(mut input), Some(output), Some(errors)) =
             (child.stdin.take(), child.stdout.take(), child.stderr.take())
@@ -121,18 +148,26 @@ impl Executor for ChildProcess {
         let mut stopping: Option<Instant> = None;
         let mut killed = false;
         let mut outcome = None;
+        let mut told = BTreeSet::new();
         loop {
             match received.recv_timeout(TICK) {
                 Ok(Event::WorkStarted { version, pipeline }) => check_version(version, &pipeline)?,
                 Ok(Event::WorkDone { notes, written }) => {
                     outcome = Some(Ok(TaskResult { notes, written }));
                 }
+                // Of several processes the first one that failed says why.
+                Ok(Event::WorkFailed { .. }) if outcome.is_some() => {}
                 Ok(Event::WorkFailed {
                     causes,
                     disk_full,
                     lasting,
                 }) => outcome = Some(Err(error(causes, disk_full, lasting))),
-                Ok(event) => events.send(event),
+                Ok(event) => {
+                    if let Event::Message { text, .. } = &event {
+                        told.insert(text.replace('\n', " "));
+                    }
+                    events.send(event);
+                }
                 Err(RecvTimeoutError::Timeout) => {}
                 Err(RecvTimeoutError::Disconnected) => break,
             }
@@ -155,16 +190,36 @@ impl Executor for ChildProcess {
             .0
             .wait()
             .context("could not wait for the process of the stage")?;
+        let words = errors
+            .join()
+            .map_err(|_| anyhow!("the process of the stage could not be read"))?;
+        let processes = task.processes.map_or(1, NonZeroUsize::get);
+        for (line, said) in launch::of_others(&words, processes) {
+            if !told.contains(said) {
+                events.send(Event::Message {
+                    stage: task.stage.clone(),
+                    level: Level::Warning,
+                    text: line.to_owned(),
+                });
+            }
+        }
         if stopping.is_some() {
             control.check()?;
         }
         if let Some(outcome) = outcome {
             return outcome;
         }
-        let words = errors
-            .join()
-            .map_err(|_| anyhow!("the process of the stage could not be read"))?;
         let starved = kills_for_memory() > before;
+        if processes > 1
+            && let Some(line) = launch::culprit(&words)
+        {
+            let memory = if starved {
+                ", while the system ran out of memory and killed something"
+            } else {
+                ""
+            };
+            bail!("one of its {processes} processes ended without a result{memory}: {line}");
+        }
         Err(ended(status, &words, task.memory, starved))
     }
 }

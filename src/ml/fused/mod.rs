@@ -33,7 +33,7 @@ use pipeline_kernels::panels::{fill, panels, size};
 
 use super::model::batch::{Batch, Target};
 use super::model::head::Positions;
-use super::model::linear::Pass;
+use super::model::linear::{BATCH_STRIDE, Pass};
 use super::model::{self, CausalLm, Gradients, have_same_angles};
 pub(super) use backend::{Fused, unsupported_pass};
 pub use backend::{Unsupported, pass_size_of};
@@ -103,6 +103,10 @@ impl<'m, D: Device> Forward<'m, D> {
                 .all(|other| have_same_angles(&model.arch, first.length(), other.length()));
         }
         let mut layout = Layout::new(batches, packing);
+        // What stands between them in the step is for other processes to compute.
+        for index in &mut layout.padded_index {
+            *index += *index / BATCH_STRIDE * (pass.stride as u64 - 1) * BATCH_STRIDE;
+        }
         layout.add_windows(model.layers.iter().filter_map(|layer| layer.window));
         let shape = Shape::new(model, &layout, device)?;
         model.refresh()?;
@@ -403,7 +407,7 @@ fn embed<D: Device>(
         let mut rows = vec![0f32; count * width];
         let lengths: Vec<usize> = batches.iter().map(|batch| batch.width).collect();
         let tokens = layout.padded_index.iter().copied();
-        model::noise::add(noise, &mut rows, width, tokens, &lengths);
+        model::noise::add(noise, &mut rows, width, tokens, &lengths, pass.stride);
         let mut panels = vec![0f32; device.length(x)];
         fill(&mut panels, width, count, |token| {
             rows.get(token * width..(token + 1) * width)

@@ -25,6 +25,9 @@ pub struct Pass {
     pub dropout: Option<DropoutSeed>,
     /// The noise on the embeddings of a pass with a tape, if there is any.
     pub noise: Option<EmbeddingNoise>,
+    /// By how much the number in the step of a micro-batch of the pass exceeds that of the one before it, for dropout and noise: 1, or more
+    /// where other processes compute the ones between.
+    pub stride: usize,
     /// The part e of a target's probability that is spread over the vocabulary: scores are then `(1 - e) log p + e m`, where `m` is the mean of
     /// the log-probabilities of all ids.
     pub label_smoothing: f64,
@@ -60,6 +63,7 @@ impl Pass {
         adapter: true,
         dropout: None,
         noise: None,
+        stride: 1,
         label_smoothing: 0.,
     };
     /// Training, with the adapter if there is one.
@@ -69,6 +73,7 @@ impl Pass {
             adapter: true,
             dropout,
             noise: None,
+            stride: 1,
             label_smoothing: 0.,
         }
     }
@@ -78,6 +83,7 @@ impl Pass {
         adapter: false,
         dropout: None,
         noise: None,
+        stride: 1,
         label_smoothing: 0.,
     };
 }

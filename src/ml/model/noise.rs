@@ -12,7 +12,8 @@ use super::linear::{BATCH_STRIDE, EmbeddingNoise};
 const STREAM: u64 = 0x6e65_6674_756e_6500;
 
 /// Adds the noise of a pass to embeddings (tokens, width), row-major. Each token has its index in the padded batch plus [`BATCH_STRIDE`] for each
-/// micro-batch of the pass before its own; `lengths` has the padded length of each micro-batch.
+/// micro-batch of the step between the pass's first one and its own. `lengths` has the padded length of each micro-batch of the pass, of which
+/// each is `stride` micro-batches of the step behind the one before it.
 ///
 /// # Panics
 /// A token's micro-batch has no length.
@@ -22,9 +23,10 @@ pub(in crate::ml) fn add(
     width: usize,
     tokens: impl Iterator<Item = u64>,
     lengths: &[usize],
+    stride: usize,
 ) {
     for (row, token) in rows.chunks_mut(width.max(1)).zip(tokens) {
-        let length = lengths[(token / BATCH_STRIDE) as usize];
+        let length = lengths[(token / BATCH_STRIDE) as usize / stride];
         let size = (noise.alpha / ((length * width) as f64).sqrt()) as f32;
         let place = token + noise.seed.batch as u64 * BATCH_STRIDE;
         let mut state = noise.seed.seed ^ STREAM;
@@ -52,7 +54,7 @@ mod tests {
     fn the_noise_is_uniform_and_of_the_paper_s_size() {
         let (width, tokens) = (64, 200u64);
         let mut rows = vec![0f32; width * tokens as usize];
-        add(noise(0), &mut rows, width, 0..tokens, &[50]);
+        add(noise(0), &mut rows, width, 0..tokens, &[50], 1);
         let size = 5. / (50f64 * 64.).sqrt();
         let values = rows.iter().map(|x| f64::from(*x) / size);
         let count = rows.len() as f64;
@@ -70,7 +72,7 @@ mod tests {
     fn a_value_s_noise_depends_on_its_place_alone() {
         let one = |noise: EmbeddingNoise, token: u64| {
             let mut row = vec![1f32; 8];
-            add(noise, &mut row, 8, std::iter::once(token), &[10, 10]);
+            add(noise, &mut row, 8, std::iter::once(token), &[10, 10], 1);
             row
         };
         // The second micro-batch of a pass, and the same one alone.

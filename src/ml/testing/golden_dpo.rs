@@ -14,6 +14,7 @@ use crate::ml::execution::{Execution, Kind};
 use crate::ml::loss::dpo::Dpo;
 use crate::ml::model::batch::Row;
 use crate::ml::model::{CausalLm, Trained};
+use crate::ml::train::process_group::Alone;
 use crate::ml::train::schedule::SchedulerType;
 use crate::ml::train::{Ending, Every, Job, Log, Passes, ReferenceModel, Settings, train};
 
@@ -137,7 +138,9 @@ fn an_adapter_against_its_base_is_that_of_trl() {
             done.push(count);
             Ok(())
         };
-        passes.precompute_reference(rows, 5, 1023, report).unwrap();
+        passes
+            .precompute_reference(rows, 5, 1023, &Alone, report)
+            .unwrap();
         assert_eq!(done.last(), Some(&rows.len()));
     }
     let job = Job {

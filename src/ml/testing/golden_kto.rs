@@ -15,6 +15,7 @@ use crate::ml::model::Trained;
 use crate::ml::model::batch::Row;
 use crate::ml::model::linear::Pass;
 use crate::ml::train::evaluate::labelled as labelled_rows;
+use crate::ml::train::process_group::Alone;
 use crate::ml::train::{Every, Job, Passes, ReferenceModel, Settings};
 
 /// As for `golden_dpo`: rewards are small differences of large sums.
@@ -135,7 +136,7 @@ fn compare(name: &str, kind: Kind, tolerance: Tolerance, precompute: bool) {
         };
         for rows in [&mut train_rows, &mut eval_rows] {
             passes
-                .precompute_reference(rows, 5, 1023, &mut |_| Ok(()))
+                .precompute_reference(rows, 5, 1023, &Alone, &mut |_| Ok(()))
                 .unwrap();
         }
         reference = ReferenceModel::Rows;

@@ -340,6 +340,39 @@ pub(in crate::ml) struct Resumed {
     pub(in crate::ml) passed_over: Vec<String>,
 }
 
+/// Restores the checkpoint of a step, which another process of the training found sound.
+pub(in crate::ml) fn resume_at(
+    folder: &Path,
+    step: u64,
+    model: &CausalLm,
+    optimizer: &mut Optimizer,
+) -> anyhow::Result<State> {
+    let checkpoint = folder_of_step(folder, step);
+    let read = read(&checkpoint, model).and_then(|read| {
+        optimizer.restore(&model.parameters, &read.moments)?;
+        Ok(read)
+    });
+    let read = read.with_context(|| {
+        format!(
+            "could not read the checkpoint `{}`, from which another process of the training goes on; hint: all of them need the same \
+             files, so the store has to be in a folder that all their machines share",
+            checkpoint.display()
+        )
+    })?;
+    take(&read, model)?;
+    Ok(read.state)
+}
+
+/// Sets the model's parameters to those of a checkpoint.
+fn take(read: &Read, model: &CausalLm) -> anyhow::Result<()> {
+    for parameter in &model.parameters {
+        if let Some(value) = read.values.get(&parameter.name) {
+            parameter.var.set(&value.to_device(&model.device)?)?;
+        }
+    }
+    Ok(())
+}
+
 /// Restores the newest sound checkpoint, if there is one. Damaged ones are passed over; it is an error if one can't be read for another
 /// reason. Without an error, model and optimiser are either unchanged or entirely those of the checkpoint.
 pub(in crate::ml) fn resume(
@@ -355,11 +388,7 @@ pub(in crate::ml) fn resume(
         });
         match restored {
             Ok(read) => {
-                for parameter in &model.parameters {
-                    if let Some(value) = read.values.get(&parameter.name) {
-                        parameter.var.set(&value.to_device(&model.device)?)?;
-                    }
-                }
+                take(&read, model)?;
                 resumed.state = Some(read.state);
                 break;
             }

@@ -4,9 +4,11 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 
 use anyhow::{bail, ensure};
+use serde::{Deserialize, Serialize};
 
 use super::bootstrap::{RowScore, RowScores};
 use super::passes::Passes;
+use super::process_group::{ProcessGroup, dealt, exchange};
 use crate::ml::execution::Execution;
 use crate::ml::loss::{Metrics, Outcome, Preferences, Scored};
 use crate::ml::model::batch::{Batch, Row, Target};
@@ -14,8 +16,18 @@ use crate::ml::model::head::TokenStats;
 use crate::ml::model::linear::Pass;
 use crate::ml::threads::in_pool;
 
+/// What a batch of an evaluation gave. Floats travel between processes as their bits.
+#[derive(Serialize, Deserialize)]
+struct Evaluated {
+    /// The number of the batch.
+    number: usize,
+    loss: u64,
+    metrics: Vec<(String, u64)>,
+}
+
 /// TRL's evaluation during a training: each metric is the mean of the means of those batches that have it, and the loss is weighted by rows. `rows` are taken
-/// `batch_size` at a time and padded with the id `pad`. Returns the metrics by name, with the loss as `loss`.
+/// `batch_size` at a time and padded with the id `pad`. Returns the metrics by name, with the loss as `loss`: in each of `processes`, which
+/// share the batches, the same.
 ///
 /// # Errors
 /// There are no rows, or the loss of a batch is undefined.
@@ -24,18 +36,33 @@ pub(super) fn metrics(
     rows: &[Row],
     batch_size: usize,
     pad: u32,
+    processes: &dyn ProcessGroup,
 ) -> anyhow::Result<BTreeMap<String, f64>> {
     ensure!(!rows.is_empty(), "there are no rows to evaluate");
-    let mut sums = BTreeMap::<String, (f64, usize)>::new();
-    let mut loss = 0.;
-    for rows in rows.chunks(batch_size.max(1)) {
-        let references: Vec<&Row> = rows.iter().collect();
+    let batches: Vec<&[Row]> = rows.chunks(batch_size.max(1)).collect();
+    let mut own = Vec::new();
+    for number in dealt(processes, batches.len()) {
+        let references: Vec<&Row> = batches[number].iter().collect();
         let batch = passes.loss.batch(&references, pad)?;
         let outcome = passes.evaluate(&batch)?;
-        loss += outcome.loss * rows.len() as f64;
-        for (name, value) in outcome.metrics {
-            let sum = sums.entry(name.to_owned()).or_default();
-            *sum = (sum.0 + value, sum.1 + 1);
+        let metrics = outcome.metrics.into_iter();
+        own.push(Evaluated {
+            number,
+            loss: outcome.loss.to_bits(),
+            metrics: metrics
+                .map(|(name, value)| (name.to_owned(), value.to_bits()))
+                .collect(),
+        });
+    }
+    let mut all: Vec<Evaluated> = exchange(processes, own)?.into_iter().flatten().collect();
+    all.sort_by_key(|one| one.number);
+    let mut sums = BTreeMap::<String, (f64, usize)>::new();
+    let mut loss = 0.;
+    for one in all {
+        loss += f64::from_bits(one.loss) * batches[one.number].len() as f64;
+        for (name, value) in one.metrics {
+            let sum = sums.entry(name).or_default();
+            *sum = (sum.0 + f64::from_bits(value), sum.1 + 1);
         }
     }
     let mut means: BTreeMap<_, _> = sums

@@ -2,6 +2,7 @@
 
 use anyhow::{Context as _, ensure};
 
+use super::process_group::{ProcessGroup, dealt};
 use crate::ml::backend::{ForwardPass, WithBase};
 use crate::ml::execution::Execution;
 use crate::ml::loss::{Loss, Needs, Outcome, Scored};
@@ -153,8 +154,8 @@ impl Passes<'_> {
     }
 
     /// Computes the log-probabilities of the rows' answers under the reference model, `batch_size` rows at a time, and stores them in the
-    /// rows, for [`ReferenceModel::Rows`]. Rows that have those of their own answers keep them. `report` is called with the number of finished
-    /// rows, and may stop with an error.
+    /// rows, for [`ReferenceModel::Rows`]. Rows that have those of their own answers keep them. The processes share the work, and all get all of
+    /// it. `report` is called with the number of finished rows, and may stop with an error.
     ///
     /// # Errors
     /// A row lacks what the loss needs, the pass fails, or `report` returns an error.
@@ -163,10 +164,14 @@ impl Passes<'_> {
         rows: &mut [Row],
         batch_size: usize,
         pad: u32,
+        processes: &dyn ProcessGroup,
         report: &mut dyn FnMut(usize) -> anyhow::Result<()>,
     ) -> anyhow::Result<()> {
         let mut done = 0;
-        for rows in rows.chunks_mut(batch_size.max(1)) {
+        let total = rows.len();
+        let mut chunks: Vec<&mut [Row]> = rows.chunks_mut(batch_size.max(1)).collect();
+        for number in dealt(processes, chunks.len()) {
+            let rows = &mut *chunks[number];
             let references: Vec<&Row> = rows.iter().collect();
             let batch = self.loss.batch(&references, pad)?;
             let count = rows.len();
@@ -197,10 +202,10 @@ impl Passes<'_> {
                     row.reference_logps = Some(known);
                 }
             }
-            done += count;
-            report(done)?;
+            done += count * processes.size();
+            report(done.min(total))?;
         }
-        Ok(())
+        share_reference(&mut chunks, processes)
     }
 
     /// A pass with the loss's label smoothing.
@@ -409,6 +414,60 @@ fn scores(
     }
     let scores = forward.score(targets, needs.token_stats)?;
     Ok((wide(&scores.logps), scores.token_stats))
+}
+
+/// Gives each process the log-probabilities under the reference model that the others computed, of the chunks of rows that they were dealt.
+fn share_reference(chunks: &mut [&mut [Row]], processes: &dyn ProcessGroup) -> anyhow::Result<()> {
+    if processes.size() == 1 {
+        return Ok(());
+    }
+    let mut own = Vec::new();
+    for number in dealt(processes, chunks.len()) {
+        for row in &*chunks[number] {
+            let answers = row.reference_logps.as_ref();
+            let answers = answers.map(|known| [&known.chosen[..], &known.rejected[..]]);
+            let answers = answers.context("a row has no log-probabilities")?;
+            let mismatched = row.mismatched.as_ref();
+            let mismatched = mismatched.map(|m| m.reference_logps.as_deref().unwrap_or_default());
+            for logps in answers.into_iter().chain(mismatched) {
+                own.extend((logps.len() as u64).to_le_bytes());
+                own.extend(logps.iter().flat_map(|logp| logp.to_le_bytes()));
+            }
+        }
+    }
+    let all = processes.gather(&own);
+    let mut all: Vec<&[u8]> = all.iter().map(Vec::as_slice).collect();
+    for (number, rows) in chunks.iter_mut().enumerate() {
+        let from = &mut all[number % processes.size()];
+        for row in rows.iter_mut() {
+            row.reference_logps = Some(ReferenceLogps {
+                chosen: received(from)?,
+                rejected: received(from)?,
+            });
+            if let Some(mismatched) = &mut row.mismatched {
+                mismatched.reference_logps = Some(received(from)?);
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Takes the next values off what a process sent.
+fn received(from: &mut &[u8]) -> anyhow::Result<Vec<f32>> {
+    let mut take = |count: usize| {
+        let (taken, rest) = from.split_at_checked(count)?;
+        *from = rest;
+        Some(taken)
+    };
+    let values = take(8).and_then(|bytes| {
+        let count = u64::from_le_bytes(bytes.try_into().ok()?);
+        take(usize::try_from(count).ok()?.checked_mul(4)?)
+    });
+    let values = values.context("another process has other rows")?;
+    let values = values.chunks_exact(4);
+    Ok(values
+        .map(|bytes| f32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]))
+        .collect())
 }
 
 /// The log-probabilities of all targets by this model, in nats, in as many passes as it takes.

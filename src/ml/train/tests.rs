@@ -14,8 +14,11 @@ use crate::ml::io::weights::Weights;
 use crate::ml::loss::orpo::Orpo;
 use crate::ml::model::Trained;
 use crate::ml::model::arch::Arch;
+use crate::ml::model::batch::Row;
 use crate::ml::testing::golden::{self, folder, rows, tensors};
 use crate::ml::testing::golden_runs::{job, settings};
+
+mod together;
 
 fn model(compute: DType) -> CausalLm {
     golden::model("model", Some("adapter_init"), Trained::Adapter, compute)

@@ -11,7 +11,6 @@ use arrow_cast::cast;
 use arrow_schema::{DataType, Field, Schema};
 use arrow_select::filter::filter;
 use chrono::NaiveDate;
-use rayon::prelude::*;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use std::sync::Arc;
@@ -21,10 +20,11 @@ use self::counts::Counts;
 pub(in crate::stages) use self::row::chat_row;
 use self::source::TemplateSource;
 use super::chat_template;
+use super::shards::{Rows, make_shard};
 use crate::data::lint::Lint;
 use crate::data::ranges;
 use crate::data::table::{BATCH_ROWS, Split, Writer, pass, pass_pieces, splits};
-use crate::engine::{Context, Implied, ImpliedBy, Input, Problem, Row, Stage, watched};
+use crate::engine::{Context, Implied, ImpliedBy, Input, Problem, Row, Shard, Stage, watched};
 use crate::stages::artifacts::{Chats, Dataset, Model};
 use crate::stages::lints;
 use crate::text::builtin::BuiltIn;
@@ -130,6 +130,7 @@ impl Stage for ApplyChatTemplate {
     const VERSION: u32 = 4;
     type Output = Chats;
     const BOUNDED: bool = true;
+    const SHARDS: bool = true;
     const IMPLIED: &'static [Implied] = &[Implied {
         parameter: "tokenizer",
         unless: &["template", "chat_template"],
@@ -185,6 +186,16 @@ impl Stage for ApplyChatTemplate {
             chat_template::write(renderer.template().source(), cx.out())?;
             Some(renderer)
         };
+        if let Some(shard) = cx.shard() {
+            // Whole texts are left to the task that joins.
+            let mut rows = 0;
+            for split in splits.iter().filter(|split| !is_text(split)) {
+                let renderer = renderer.as_ref().context("there is no chat template")?;
+                let progress = (&mut rows, total as u64);
+                self.render_shard(cx, shard, renderer, split, progress)?;
+            }
+            return Ok(());
+        }
         for split in &splits {
             match &renderer {
                 Some(renderer) if !is_text(split) => {
@@ -325,6 +336,23 @@ fn pass_texts(cx: &Context, split: &Split, total: u64, counts: &mut Counts) -> R
 }
 
 impl ApplyChatTemplate {
+    /// Fails if the columns of a split can't be rendered.
+    fn check_columns(&self, split: &Split) -> Result<()> {
+        let has = |name: &str| split.schema().field_with_name(name).is_ok();
+        ensure!(
+            has("chosen") || has("messages"),
+            "the split `{}` has neither a column `chosen` nor `messages`; hint: name them with `columns:` where the data is imported",
+            split.name()
+        );
+        ensure!(
+            !has("rejected") || !self.assistant_only_loss,
+            "the split `{}` has a column `rejected`, and preferences are learnt from their answers alone; hint: leave out \
+             `assistant_only_loss`, or the column where the data is imported",
+            split.name()
+        );
+        Ok(())
+    }
+
     fn render_split(
         &self,
         cx: &Context,
@@ -333,21 +361,10 @@ impl ApplyChatTemplate {
         total: u64,
         counts: &mut Counts,
     ) -> Result<()> {
-        let has = |name: &str| split.schema().field_with_name(name).is_ok();
-        ensure!(
-            has("chosen") || has("messages"),
-            "the split `{}` has neither a column `chosen` nor `messages`; hint: name them with `columns:` where the data is imported",
-            split.name()
-        );
-        let preferences = has("rejected");
+        self.check_columns(split)?;
+        let preferences = split.schema().field_with_name("rejected").is_ok();
         let mut names = vec!["prompt", "chosen"];
         names.extend(preferences.then_some("rejected"));
-        ensure!(
-            !preferences || !self.assistant_only_loss,
-            "the split `{}` has a column `rejected`, and preferences are learnt from their answers alone; hint: leave out \
-             `assistant_only_loss`, or the column where the data is imported",
-            split.name()
-        );
         let mut fields: Vec<_> = names
             .iter()
             .map(|name| Field::new(*name, DataType::Utf8, true))
@@ -360,44 +377,16 @@ impl ApplyChatTemplate {
         let schema = Arc::new(Schema::new(fields));
         let writer = Writer::create(cx.out(), split.name(), schema.clone())?;
         let mut done = 0;
-        let of: Arc<str> = format!("of the split `{}`", split.name()).into();
-        // The number of rows rendered at a time is limited, since a template can make a text of any size of a row.
+        let mut rows_of_split = Rows::new(cx, split);
         let fewest = rayon::current_num_threads();
         let mut at_once = fewest;
         let rows = pass_pieces(split, writer, |batch, made| {
             let mut start = 0;
             while start < batch.num_rows() {
                 let end = batch.num_rows().min(start + at_once);
-                let rendered: Result<Vec<(Rendered, BTreeSet<String>)>> = (start..end)
-                .into_par_iter()
-                .with_min_len(16.min((end - start).div_ceil(4 * fewest)))
-                .map(|row| {
-                    let number = done + row + 1;
-                    let watch = Row {
-                        number: number as u64,
-                        of: Arc::clone(&of),
-                    };
-                    let render = || {
-                        let (chat, unread) = chat_row(renderer, &batch, row)?;
-                        let rendered = if self.assistant_only_loss {
-                            self.answers(renderer.render_answers(chat)?)?
-                        } else {
-                            renderer.render(chat)?
-                        };
-                        ensure!(
-                            !preferences || rendered.rejected.is_some(),
-                            "the row has no `rejected`"
-                        );
-                        if self.special_tokens == SpecialTokens::Refuse
-                            && let Some(token) = &rendered.seen.special_token
-                        {
-                            bail!("its own text holds the special token `{token}`, which `special_tokens: refuse` doesn't allow");
-                        }
-                        Ok((rendered, unread))
-                    };
-                    watched(watch, LONGEST, render).with_context(|| format!("row {number} {of}"))
-                })
-                .collect();
+                let make = self.make_row(renderer, &batch, split, done);
+                let least = 16.min((end - start).div_ceil(4 * fewest));
+                let rendered = rows_of_split.next(end - start, least, |row| make(start + row));
                 let (mut rendered, unread): (Vec<Rendered>, Vec<_>) = rendered?.into_iter().unzip();
                 for ((row, rendered), unread) in (done + start + 1..).zip(&rendered).zip(unread) {
                     counts.add(row, split.name(), rendered, unread);
@@ -425,13 +414,7 @@ impl ApplyChatTemplate {
                     columns.push(ranges::column(answers.map(Option::unwrap_or_default))?);
                 }
                 let bytes: usize = rendered.iter().map(Rendered::bytes).sum();
-                at_once = if bytes < AT_ONCE / 2 {
-                    (at_once * 2).min(BATCH_ROWS)
-                } else if bytes > AT_ONCE {
-                    (at_once / 2).max(fewest)
-                } else {
-                    at_once
-                };
+                at_once = next_at_once(at_once, bytes);
                 drop(rendered);
                 made.send(RecordBatch::try_new(schema.clone(), columns)?)?;
                 start = end;
@@ -453,6 +436,75 @@ impl ApplyChatTemplate {
 }
 
 impl ApplyChatTemplate {
+    /// What renders the rows of a batch, by their index there, with what the template doesn't read of them; `before` rows of the split come
+    /// before the batch.
+    fn make_row<'a>(
+        &'a self,
+        renderer: &'a Renderer,
+        batch: &'a RecordBatch,
+        split: &Split,
+        before: usize,
+    ) -> impl Fn(usize) -> Result<(Rendered, BTreeSet<String>)> + Sync + use<'a> {
+        let of: Arc<str> = format!("of the split `{}`", split.name()).into();
+        let preferences = split.schema().field_with_name("rejected").is_ok();
+        move |row: usize| {
+            let number = before + row + 1;
+            let watch = Row {
+                number: number as u64,
+                of: Arc::clone(&of),
+            };
+            let render = || {
+                let (chat, unread) = chat_row(renderer, batch, row)?;
+                let rendered = if self.assistant_only_loss {
+                    self.answers(renderer.render_answers(chat)?)?
+                } else {
+                    renderer.render(chat)?
+                };
+                ensure!(
+                    !preferences || rendered.rejected.is_some(),
+                    "the row has no `rejected`"
+                );
+                if self.special_tokens == SpecialTokens::Refuse
+                    && let Some(token) = &rendered.seen.special_token
+                {
+                    bail!(
+                        "its own text holds the special token `{token}`, which `special_tokens: refuse` doesn't allow"
+                    );
+                }
+                Ok((rendered, unread))
+            };
+            watched(watch, LONGEST, render).with_context(|| format!("row {number} {of}"))
+        }
+    }
+
+    /// Makes a shard's rows of a split; `rows` of `total` are made before them.
+    fn render_shard(
+        &self,
+        cx: &Context,
+        shard: Shard,
+        renderer: &Renderer,
+        split: &Split,
+        (rows, total): (&mut usize, u64),
+    ) -> Result<()> {
+        self.check_columns(split)?;
+        let mut at_once = rayon::current_num_threads();
+        make_shard(cx, shard, split, |batch, before, made| {
+            let make = self.make_row(renderer, batch, split, before);
+            let mut start = 0;
+            while start < batch.num_rows() {
+                let end = batch.num_rows().min(start + at_once);
+                let rendered = Rows::Made.next(end - start, 1, |row| make(start + row))?;
+                let bytes = rendered.iter().map(|(row, _)| row.bytes()).sum();
+                at_once = next_at_once(at_once, bytes);
+                made(&rendered)?;
+                start = end;
+            }
+            *rows += batch.num_rows();
+            cx.progress(*rows as u64, Some(total), "rows");
+            Ok(())
+        })
+    }
+
     /// A row in which the assistant says something, or one that is dropped because it doesn't.
     fn answers(&self, rendered: Rendered) -> Result<Rendered> {
         ensure!(
@@ -465,6 +517,18 @@ impl ApplyChatTemplate {
              such rows out"
         );
         Ok(rendered)
+    }
+}
+
+/// The number of rows to render at a time after so many gave so many bytes of text: it is limited, since a template can make a text of any
+/// size of a row.
+fn next_at_once(rows: usize, bytes: usize) -> usize {
+    if bytes < AT_ONCE / 2 {
+        (rows * 2).min(BATCH_ROWS)
+    } else if bytes > AT_ONCE {
+        (rows / 2).max(rayon::current_num_threads())
+    } else {
+        rows
     }
 }
 

@@ -22,6 +22,7 @@ use crate::ml::loss::dpo::Dpo;
 use crate::ml::loss::kto::{Kto, LossType};
 use crate::ml::model::batch::Row;
 use crate::ml::model::{CausalLm, Trained, tied};
+use crate::ml::train::process_group::Alone;
 use crate::ml::train::{Passes, ReferenceModel, compute_dtype};
 use crate::stages::artifacts::{Adapter, Model, Tokens};
 use crate::stages::model_input::{BASE_OF_ADAPTER, execution_on, note_work, pad_id, place, row};
@@ -214,8 +215,13 @@ impl Scoring<'_> {
             self.cx.progress(done, Some(self.total as u64), "rows");
             self.cx.check_cancelled()
         };
-        self.passes
-            .precompute_reference(&mut rows, self.batch_size, self.pad, &mut report)?;
+        self.passes.precompute_reference(
+            &mut rows,
+            self.batch_size,
+            self.pad,
+            &Alone,
+            &mut report,
+        )?;
         let mut all = Vec::with_capacity(rows.len());
         for (row, number) in rows.into_iter().zip(done + 1..) {
             let logps = row.reference_logps.context("a row was not scored")?;

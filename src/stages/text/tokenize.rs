@@ -9,19 +9,19 @@ use anyhow::{Context as _, Result, anyhow, ensure};
 use arrow_array::cast::AsArray;
 use arrow_array::types::Float64Type;
 use arrow_array::{Array, RecordBatch, StringArray};
-use rayon::prelude::*;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use self::counts::Counts;
 use super::chat_template;
 use super::labelled::Labelled;
+use super::shards::{Rows, make_shard};
 use super::tokenizers::load;
 use crate::data::lint::{Lint, Place};
 use crate::data::ranges;
 use crate::data::table::{Split, Writer, pass_pieces, splits};
 use crate::data::tokens::{Columns, TokenRow, batch, schema};
-use crate::engine::{Context, Implied, ImpliedBy, Input, Problem, Row, Stage, watched};
+use crate::engine::{Context, Implied, ImpliedBy, Input, Problem, Row, Shard, Stage, watched};
 use crate::ml::io::folder;
 use crate::stages::artifacts::{Chats, Model, Tokens};
 use crate::stages::lints;
@@ -126,6 +126,7 @@ impl Stage for Tokenize {
     const VERSION: u32 = 3;
     type Output = Tokens;
     const BOUNDED: bool = true;
+    const SHARDS: bool = true;
     const IMPLIED: &'static [Implied] = &[Implied {
         parameter: "tokenizer",
         unless: &[],
@@ -176,6 +177,9 @@ impl Stage for Tokenize {
         ensure!(!splits.is_empty(), "there is no split to tokenize");
         let total: usize = splits.iter().map(Split::rows).sum();
         let mut counts = Counts::default();
+        if let Some(shard) = cx.shard() {
+            return self.tokenize_shard(cx, shard, &tokenizer, &splits);
+        }
         for split in &splits {
             self.tokenize_split(cx, &tokenizer, vocabulary, split, total as u64, &mut counts)?;
         }
@@ -312,12 +316,7 @@ impl Tokenize {
     }
 
     /// The rows of ids that a row of texts becomes: one, or two of a preference for KTO.
-    fn rows(
-        &self,
-        tokenizer: &Tokenizer,
-        texts: &Texts<'_>,
-        marks: Marks,
-    ) -> Result<Vec<Result<TokenizedRow, SkipReason>>> {
+    fn rows(&self, tokenizer: &Tokenizer, texts: &Texts<'_>, marks: Marks) -> Result<Sides> {
         let one = |texts: Texts<'_>, marks: Marks| {
             let ids = self.encode(tokenizer, texts, self.truncation())?;
             anyhow::Ok(ids.map(|ids| TokenizedRow { ids, marks }))
@@ -343,6 +342,68 @@ impl Tokenize {
         Ok(vec![side(texts.chosen, true)?, side(rejected, false)?])
     }
 
+    /// What makes the rows of ids of a batch of texts, by its index there; `before` rows of the split come before the batch.
+    fn make_rows<'a>(
+        &'a self,
+        tokenizer: &'a Tokenizer,
+        texts: &'a RecordBatch,
+        split: &Split,
+        before: usize,
+    ) -> Result<impl Fn(usize) -> Result<Sides> + Sync + use<'a>> {
+        let of: Arc<str> = format!("of the split `{}`", split.name()).into();
+        let prompt = column(texts, "prompt")?;
+        let chosen = column(texts, "chosen")?;
+        let preferences = split.schema().field_with_name("rejected").is_ok();
+        let rejected = preferences.then(|| column(texts, "rejected")).transpose()?;
+        Ok(move |row: usize| {
+            let number = before + row + 1;
+            let make = || {
+                let rejected = rejected
+                    .map(|rejected| text(rejected, row, "rejected"))
+                    .transpose()?;
+                let prompt = text(prompt, row, "prompt")?;
+                let chosen = text(chosen, row, "chosen")?;
+                let bytes = prompt.len() + chosen.len() + rejected.map_or(0, str::len);
+                let watch = Row {
+                    number: number as u64,
+                    of: Arc::clone(&of),
+                };
+                let own = Texts {
+                    prompt,
+                    chosen,
+                    rejected,
+                    answers: ranges::read(texts, row, prompt.len() + chosen.len())?,
+                };
+                let marks = self.marks(texts, row, preferences)?;
+                watched(watch, longest(bytes), || self.rows(tokenizer, &own, marks))
+            };
+            make().with_context(|| format!("row {number} {of}"))
+        })
+    }
+
+    /// Makes a shard's rows of all splits.
+    fn tokenize_shard(
+        &self,
+        cx: &Context,
+        shard: Shard,
+        tokenizer: &Tokenizer,
+        splits: &[Split],
+    ) -> Result<()> {
+        let total: usize = splits.iter().map(Split::rows).sum();
+        let mut done = 0;
+        for split in splits {
+            self.columns(split)?;
+            make_shard(cx, shard, split, |texts, before, made| {
+                let make = self.make_rows(tokenizer, texts, split, before)?;
+                made(&Rows::Made.next(texts.num_rows(), 8, make)?)?;
+                done += texts.num_rows();
+                cx.progress(done as u64, Some(total as u64), "rows");
+                Ok(())
+            })?;
+        }
+        Ok(())
+    }
+
     fn tokenize_split(
         &self,
         cx: &Context,
@@ -359,42 +420,10 @@ impl Tokenize {
         let writer = Writer::create(cx.out(), split.name(), schema(columns))?;
         let mut done = 0;
         let before = counts.empty_answers;
-        let of: Arc<str> = format!("of the split `{}`", split.name()).into();
+        let mut rows_of_split = Rows::new(cx, split);
         let rows = pass_pieces(split, writer, |texts, made| {
-            let prompt = column(&texts, "prompt")?;
-            let chosen = column(&texts, "chosen")?;
-            let rejected = preferences
-                .then(|| column(&texts, "rejected"))
-                .transpose()?;
-            let rows: Result<Vec<Vec<Result<TokenizedRow, SkipReason>>>> = (0..texts.num_rows())
-                .into_par_iter()
-                .with_min_len(8)
-                .map(|row| {
-                    let rejected = rejected
-                        .map(|rejected| text(rejected, row, "rejected"))
-                        .transpose();
-                    let number = done + row + 1;
-                    let ids = rejected.and_then(|rejected| {
-                        let prompt = text(prompt, row, "prompt")?;
-                        let chosen = text(chosen, row, "chosen")?;
-                        let bytes = prompt.len() + chosen.len() + rejected.map_or(0, str::len);
-                        let watch = Row {
-                            number: number as u64,
-                            of: Arc::clone(&of),
-                        };
-                        let answers = ranges::read(&texts, row, prompt.len() + chosen.len())?;
-                        let own = Texts {
-                            prompt,
-                            chosen,
-                            rejected,
-                            answers,
-                        };
-                        let marks = self.marks(&texts, row, preferences)?;
-                        watched(watch, longest(bytes), || self.rows(tokenizer, &own, marks))
-                    });
-                    ids.with_context(|| format!("row {number} {of}"))
-                })
-                .collect();
+            let rows = self.make_rows(tokenizer, &texts, split, done);
+            let rows = rows.and_then(|make| rows_of_split.next(texts.num_rows(), 8, make));
             let mut kept = Vec::with_capacity(texts.num_rows());
             for (sides, number) in rows?.into_iter().zip(done + 1..) {
                 let place = || Place {
@@ -446,14 +475,18 @@ impl Tokenize {
     }
 }
 
+/// What a row of texts becomes.
+type Sides = Vec<Result<TokenizedRow, SkipReason>>;
+
 /// The ids of a row, or of one side of a preference.
+#[derive(Serialize, Deserialize)]
 struct TokenizedRow {
     ids: RowIds,
     marks: Marks,
 }
 
 /// What is said of a row beside its texts.
-#[derive(Clone, Copy, Default)]
+#[derive(Clone, Copy, Default, Serialize, Deserialize)]
 struct Marks {
     label: Option<bool>,
     margin: Option<f64>,

@@ -4,7 +4,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::report_to::ReportTo;
-use crate::engine::{Input, Neutral};
+use crate::engine::{Input, Neutral, Problem};
 use crate::ml::train::optim::{self, LoraPlus, Momentum, Optim};
 use crate::ml::train::sampler::SamplingStrategy;
 use crate::ml::train::schedule::{SchedulerKwargs, SchedulerType};
@@ -326,6 +326,31 @@ impl TrainingArguments {
     /// The batch size of evaluations.
     pub(super) fn eval_batch_size(&self) -> usize {
         self.per_device_eval_batch_size
+    }
+
+    /// Whether so many processes have equally much to do in a step.
+    pub(super) fn check_processes(&self, processes: usize) -> Result<(), Problem> {
+        let (steps, rows) = (
+            self.gradient_accumulation_steps,
+            self.per_device_train_batch_size,
+        );
+        if steps.is_multiple_of(processes) {
+            return Ok(());
+        }
+        let message = format!(
+            "{processes} processes can't share `gradient_accumulation_steps: {steps}` evenly; expected a number that divides it"
+        );
+        let all = steps * rows;
+        let hint = if all.is_multiple_of(processes) {
+            format!(
+                "a step has {all} rows, `per_device_train_batch_size` times `gradient_accumulation_steps`; with \
+                 `gradient_accumulation_steps: {processes}` and `per_device_train_batch_size: {}` it has as many",
+                all / processes
+            )
+        } else {
+            format!("a step has {all} rows, which {processes} processes can't share evenly")
+        };
+        Err(Problem::new("processes", message).hint(hint))
     }
 
     /// The settings of the training. A learning rate and whether the adapter's dropout is at work are up to the method.

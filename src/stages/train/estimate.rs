@@ -12,6 +12,7 @@ use super::reference::Source;
 use crate::engine::{Context, Estimate};
 use crate::ml::model::{Trained, tied};
 use crate::ml::train::estimate::{Planned, Unloaded};
+use crate::ml::train::process_group;
 
 /// What `pipeline estimate` assumes of a process that it can't measure.
 const BASE: u64 = 32 << 20;
@@ -98,7 +99,9 @@ pub(super) fn tell(cx: &Context, estimate: &Estimate, inputs: &Inputs) -> anyhow
         size(estimate.peak_memory),
         parts(estimate)
     ));
-    let Some(limit) = cx.env().memory else {
+    // Processes on one machine share its memory.
+    let processes = process_group::of_this_process().on_this_machine() as u64;
+    let Some(limit) = cx.env().memory.map(|memory| memory / processes) else {
         return Ok(());
     };
     let (peak, advice) = (estimate.peak_memory, advice(estimate, inputs));

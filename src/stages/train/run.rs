@@ -25,8 +25,8 @@ use crate::ml::model::linear::Pass;
 use crate::ml::place::{Place, Work};
 use crate::ml::train::save::{save_adapter, save_model};
 use crate::ml::train::{
-    Ending, Job, Log, Origin, Passes, ReferenceModel, Start, Step, continue_from, train,
-    trainer_state,
+    Ending, Job, Log, Origin, Passes, ReferenceModel, Start, Step, continue_from, process_group,
+    train_together, trainer_state,
 };
 use crate::stages::model_input::{execution_of, note_work, place};
 use crate::stages::text::chat_template;
@@ -91,8 +91,9 @@ fn precompute_reference(
 ) -> anyhow::Result<()> {
     let total = splits.iter().map(|rows| rows.len()).sum::<usize>() as u64;
     let mut before = 0;
+    let processes = process_group::of_this_process();
     for rows in splits {
-        passes.precompute_reference(rows, batch_size, pad, &mut |done| {
+        passes.precompute_reference(rows, batch_size, pad, processes, &mut |done| {
             let done = (before + done) as u64;
             cx.progress(done, Some(total), "rows by the reference model");
             cx.check_cancelled()
@@ -182,8 +183,14 @@ pub(super) fn run<M: Method>(
     let total = settings.total_steps(train_rows.len());
     cx.note("steps", total);
 
+    let processes = process_group::of_this_process();
+    let is_first = processes.rank() == 0;
     let (scratch, continuation) = (cx.scratch()?, cx.continuation()?);
-    let start = continue_from(scratch, &cx.continuations()?, &settings, train_rows.len())?;
+    let start = if is_first {
+        continue_from(scratch, &cx.continuations()?, &settings, train_rows.len())?
+    } else {
+        Start::Alone
+    };
     let job = Job {
         execution: &execution,
         loss: &*loss,
@@ -196,9 +203,15 @@ pub(super) fn run<M: Method>(
         continuation: Some(&continuation),
     };
     let mut reporter = StepReporter::default();
-    let ending = train(&job, &settings, &mut |step| {
-        reporter.work.see(&place, step);
-        reporter.step(cx, &start, step)
+    let ending = train_together(&job, &settings, processes, &mut |step| {
+        if is_first {
+            reporter.work.see(&place, step);
+            reporter.step(cx, &start, step)
+        } else if cx.cancelled() {
+            ControlFlow::Break(())
+        } else {
+            ControlFlow::Continue(())
+        }
     })?;
     cx.note("tokens", reporter.tokens);
     cx.note("computed_tokens", reporter.computed);
@@ -222,6 +235,9 @@ pub(super) fn run<M: Method>(
         cx.check_cancelled()?;
         return Err(anyhow!("interrupted"));
     };
+    if !is_first {
+        return Ok(());
+    }
     cx.note("skipped_nan_steps", skipped);
     if let Some(watch) = &settings.watch {
         cx.note("finished_steps", step);

@@ -99,6 +99,10 @@ impl<M: Method> Stage for Train<M> {
         rules.0
     }
 
+    fn check_processes(&self, processes: usize) -> Result<(), Problem> {
+        self.arguments.check_processes(processes)
+    }
+
     fn estimate(&self, cx: &Context) -> anyhow::Result<Option<Estimate>> {
         let inputs = Inputs::read(cx, &self.method, &self.common, &self.arguments)?;
         Ok(Some(estimate(&self.method, &inputs)?.estimate))

@@ -126,7 +126,11 @@ impl SlurmSettings {
 
     /// The options for a stage.
     pub fn options(&self, resources: &Resources, timeout: Option<Span>) -> Vec<String> {
-        let mut options = vec!["--nodes=1".to_owned(), "--ntasks=1".to_owned()];
+        let processes = resources.processes();
+        let mut options = vec![format!("--ntasks={processes}")];
+        if processes == 1 {
+            options.insert(0, "--nodes=1".to_owned());
+        }
         for (name, value) in [
             ("partition", &self.partition),
             ("account", &self.account),
@@ -135,7 +139,9 @@ impl SlurmSettings {
             options.extend(value.as_ref().map(|value| format!("--{name}={value}")));
         }
         if let Some(cpus) = resources.cpus {
-            options.push(format!("--cpus-per-task={cpus}"));
+            // Those of a stage are for all of its processes.
+            let each = cpus.get().div_ceil(processes);
+            options.push(format!("--cpus-per-task={each}"));
         }
         if resources.memory.0 > 0 {
             options.push(format!("--mem={}M", resources.memory.0.div_ceil(1 << 20)));
@@ -198,6 +204,16 @@ mod tests {
         );
         let short = settings.options(&resources, Some(Span(Duration::from_millis(5))));
         assert!(short.contains(&"--time=1".to_owned()));
+        let shared = Resources {
+            processes: NonZeroUsize::new(4),
+            cpus: NonZeroUsize::new(10),
+            ..Resources::default()
+        };
+        let shared = settings.options(&shared, None).join(" ");
+        assert!(
+            shared.starts_with("--ntasks=4 --partition=main --cpus-per-task=3 "),
+            "{shared}"
+        );
     }
 
     #[test]
