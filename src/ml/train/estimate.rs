@@ -329,8 +329,8 @@ impl Planned<'_> {
             ("gradients", gradients),
             ("optimiser", optimizer),
             ("kept activations", passes.kept),
-            ("working buffers", passes.working),
-            ("head", passes.head),
+            // What the head needs is given back before the layers' backward takes as much, and memory that is given back is taken again.
+            ("working buffers", passes.working.max(passes.head)),
         ];
         let on_device = on_device.into_iter().filter(|(_, bytes)| *bytes > 0);
         let always = [
