@@ -11,7 +11,7 @@ use anyhow::Context as _;
 
 use super::canonical::Digest;
 use super::event::{EVENT_VERSION, Event, send};
-use super::handling::{Free, Machine};
+use super::handling::Free;
 use super::history::{Outcome, Run, RunInProgress, RunLabel, stages};
 use super::known_results::KnownResults;
 use super::last_results::LastResults;
@@ -20,41 +20,8 @@ use super::reason::Reason;
 use super::record::FORMAT;
 use super::sources::Sources;
 use super::stat::seconds_now;
+use super::summary::{Options, Summary};
 use super::worker::{self, Worker};
-
-/// The settings of a run.
-#[derive(Debug, Clone)]
-pub struct Options {
-    /// The number of stages that may run at the same time.
-    pub jobs: usize,
-    /// The resources that they may use together.
-    pub machine: Machine,
-    /// Whether stages that don't need a failed stage still run after the failure.
-    pub keep_going: bool,
-}
-
-/// The outcome of a run.
-#[derive(Debug, Clone, Default, PartialEq)]
-pub struct Summary {
-    /// Stages whose result already existed.
-    pub fresh: usize,
-    /// Stages that ran.
-    pub ran: usize,
-    /// Stages that failed.
-    pub failed: usize,
-    /// Stages that were not started.
-    pub skipped: usize,
-    /// Whether the run was interrupted.
-    pub interrupted: bool,
-    /// The content digest of each stage's artifact, where there is one; in the order of the recipe.
-    pub artifacts: Vec<Option<Digest>>,
-    /// Seconds that the fresh stages took when they ran.
-    pub saved: f64,
-    /// The run's number in the history, if it left a trace there.
-    pub run: Option<u64>,
-    /// The frozen stages, by their positions in the recipe, and what would make them run if they were not frozen.
-    pub frozen: BTreeMap<usize, Vec<Reason>>,
-}
 
 /// What the store says of a stage whose inputs are known.
 enum Lookup {
@@ -491,23 +458,6 @@ impl<'a> Runner<'a, '_> {
         Lookup::Fresh(artifact)
     }
 
-    /// The frozen stages that a stage depends on and whose results are taken though something changed.
-    fn frozen_before(&self, index: usize) -> Vec<String> {
-        let changed = self.summary.frozen.iter();
-        let mut changed = changed
-            .filter(|(_, reasons)| !reasons.is_empty())
-            .peekable();
-        if changed.peek().is_none() {
-            return Vec::new();
-        }
-        let graph = self.session.graph;
-        let needed = graph.needed(&[index]);
-        changed
-            .filter(|(frozen, _)| needed[**frozen])
-            .map(|(frozen, _)| graph.nodes[*frozen].name.clone())
-            .collect()
-    }
-
     /// Finds a place for a stage and takes what it needs there; `None` if there is no place now.
     fn place(&mut self, index: usize) -> Option<Place> {
         let (nodes, executors) = (&self.session.graph.nodes, self.session.executors);
@@ -564,7 +514,7 @@ impl<'a> Runner<'a, '_> {
                 cancel: Arc::clone(self.cancel),
                 index,
                 gpus,
-                frozen: self.frozen_before(index),
+                frozen: self.summary.frozen_before(self.session.graph, index),
             };
             let done = self.done.clone();
             let started = std::thread::Builder::new().spawn_scoped(scope, move || {
