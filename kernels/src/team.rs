@@ -8,11 +8,9 @@ use std::cell::{Cell, UnsafeCell};
 use std::marker::PhantomData;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
-use rayon::prelude::*;
-
 /// The threads of the current thread pool that share a step's work.
 pub struct Team<'a> {
-    /// What the helpers look at; without helpers, jobs go to the pool.
+    /// What the helpers look at, if there are helpers.
     jobs: Option<&'a Jobs>,
     /// Only the thread that gathered the team opens jobs, and a task opens none.
     not_sync: PhantomData<Cell<()>>,
@@ -51,15 +49,6 @@ const DISMISSED: u64 = u64::MAX;
 unsafe impl Sync for Jobs {}
 
 impl Team<'_> {
-    /// A team of threads that are woken for each job, as those of the pool are: for jobs long enough, and for work that uses the pool in
-    /// other ways too.
-    pub fn pool() -> Self {
-        Self {
-            jobs: None,
-            not_sync: PhantomData,
-        }
-    }
-
     /// Runs `work` with a team of the current thread pool's threads, which stay awake. Those that are busy with other work take no part.
     /// Meanwhile nothing else runs on them.
     ///
@@ -83,11 +72,8 @@ impl Team<'_> {
 
     /// Calls `task` once with each number below `count`, in any order, on all threads of the team.
     pub fn share(&self, count: usize, task: &(dyn Fn(usize) + Sync)) {
-        if count < 2 {
+        let Some(jobs) = self.jobs.filter(|_| count > 1) else {
             return (0..count).for_each(task);
-        }
-        let Some(jobs) = self.jobs else {
-            return (0..count).into_par_iter().for_each(task);
         };
         // SAFETY: the job is closed, and all helpers have left it, before this function returns or panics.
         let task = unsafe { std::mem::transmute::<Task<'_>, Task<'static>>(task) };
@@ -289,7 +275,6 @@ mod tests {
         };
         with_threads(3, || {
             Team::gather(work);
-            work(&Team::pool());
         });
     }
 

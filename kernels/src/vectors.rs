@@ -4,7 +4,6 @@
 //! Each sum has a fixed order, so a result depends neither on the number of threads nor on the other vectors of a call.
 
 mod attention;
-mod many;
 mod plain;
 mod rows;
 #[cfg(target_arch = "x86_64")]
@@ -13,7 +12,6 @@ mod wide;
 use std::ops::Range;
 
 pub use attention::{Attention, Cached};
-pub use many::many_vector_products;
 pub use rows::{argmax, gated_unit, rms_norm, rope, round_to_bf16, scale, soft_cap};
 
 use crate::matrix::Matrix;
@@ -36,19 +34,6 @@ pub struct VectorProduct<'a> {
     pub out: &'a mut [f32],
 }
 
-impl VectorProduct<'_> {
-    /// The number of vectors, once all sizes are checked.
-    fn check(&self) -> usize {
-        let (height, depth) = (self.weight.height(), self.weight.depth());
-        let vectors = self.x.len() / depth.max(1);
-        assert!(!self.weight.is_transposed(), "the weight is transposed");
-        assert_eq!(self.x.len(), vectors * depth, "the size of x");
-        let size = vectors.checked_mul(height);
-        assert_eq!(Some(self.out.len()), size, "the output's size");
-        vectors
-    }
-}
-
 /// Computes `out = W x` for each vector of several products that don't depend on each other, on all threads of a team.
 ///
 /// # Panics
@@ -58,7 +43,11 @@ pub fn vector_products(team: &Team<'_>, mut all: Vec<VectorProduct<'_>>) {
     let mut tasks = Vec::new();
     for (product, each) in all.iter().enumerate() {
         let (height, depth) = (each.weight.height(), each.weight.depth());
-        each.check();
+        let vectors = each.x.len() / depth.max(1);
+        assert!(!each.weight.is_transposed(), "the weight is transposed");
+        assert_eq!(each.x.len(), vectors * depth, "the size of x");
+        let size = vectors.checked_mul(height);
+        assert_eq!(Some(each.out.len()), size, "the output's size");
         let rows = (TASK / depth.max(1)).next_multiple_of(ROWS).max(ROWS);
         let starts = (0..height).step_by(rows);
         tasks.extend(starts.map(|from| (product, from..(from + rows).min(height))));

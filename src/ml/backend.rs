@@ -172,15 +172,6 @@ pub trait Decoder: Send {
     /// A sequence does not exist or would become too long, or an index is outside `tokens`.
     fn step(&mut self, tokens: &[Token], wanted: &[usize]) -> Result<Vec<f32>>;
 
-    /// [`Decoder::step`] for tokens of prompts, which may be many. What is computed for each of them does not depend on the others of a
-    /// call.
-    ///
-    /// # Errors
-    /// Those of [`Decoder::step`].
-    fn prompt(&mut self, tokens: &[Token], wanted: &[usize]) -> Result<Vec<f32>> {
-        self.step(tokens, wanted)
-    }
-
     /// Forgets what a text has behind its first `length` tokens.
     ///
     /// # Errors

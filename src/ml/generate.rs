@@ -12,7 +12,7 @@ use super::sampling::Sampler;
 use super::threads::in_pool;
 
 /// Tokens of prompts that go through the model at a time.
-const CHUNK: usize = 256;
+const CHUNK: usize = 32;
 
 /// Why an answer ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -153,7 +153,7 @@ impl<'a> Generator<'a> {
             let tokens: Vec<Token> = chunk.iter().map(|(token, _)| *token).collect();
             let last = chunk.iter().enumerate().filter(|(_, (_, last))| *last);
             let last: Vec<usize> = last.map(|(at, _)| at).collect();
-            let logits = self.go_on(&tokens, |decoder| decoder.prompt(&tokens, &last))?;
+            let logits = self.step(&tokens, &last)?;
             for (&at, logits) in last.iter().zip(logits.chunks_exact(self.vocabulary)) {
                 next.extend(choice.follow(tokens[at].sequence, logits, listener)?);
             }
@@ -166,7 +166,7 @@ impl<'a> Generator<'a> {
                 break;
             }
             let every: Vec<usize> = (0..next.len()).collect();
-            let logits = self.go_on(&next, |decoder| decoder.step(&next, &every))?;
+            let logits = self.step(&next, &every)?;
             let mut followers = Vec::with_capacity(next.len());
             for (token, logits) in next.iter().zip(logits.chunks_exact(self.vocabulary)) {
                 followers.extend(choice.follow(token.sequence, logits, listener)?);
@@ -187,14 +187,9 @@ impl<'a> Generator<'a> {
         Ok(kept)
     }
 
-    /// Takes tokens through the model by `step`, and remembers them. Returns the logits that it gives.
-    fn go_on(
-        &mut self,
-        tokens: &[Token],
-        step: impl FnOnce(&mut (dyn Decoder + 'a)) -> candle_core::Result<Vec<f32>> + Send,
-    ) -> anyhow::Result<Vec<f32>> {
-        let decoder = &mut *self.decoder;
-        let logits = in_pool(|| step(decoder))?;
+    fn step(&mut self, tokens: &[Token], wanted: &[usize]) -> anyhow::Result<Vec<f32>> {
+        let decoder = &mut self.decoder;
+        let logits = in_pool(|| decoder.step(tokens, wanted))?;
         for token in tokens {
             self.seen[token.sequence].push(token.id);
         }

@@ -106,20 +106,6 @@ fn product(weight: Matrix<'_>, x: &[f32], rounded: bool) -> Vec<f32> {
     out
 }
 
-/// [`product`] or [`many`].
-type Way = fn(Matrix<'_>, &[f32], bool) -> Vec<f32>;
-
-fn many(weight: Matrix<'_>, x: &[f32], rounded: bool) -> Vec<f32> {
-    let mut out = vec![f32::NAN; x.len() / weight.depth() * weight.height()];
-    many_vector_products(vec![VectorProduct {
-        weight,
-        x,
-        rounded,
-        out: &mut out,
-    }]);
-    out
-}
-
 fn rounded(x: &[f32]) -> Vec<f32> {
     let mut x = x.to_vec();
     round_to_bf16(&mut x);
@@ -141,7 +127,6 @@ fn products_are_those_of_a_plain_loop() {
                         let exact = plain(&same, x, height, depth);
                         let what = format!("{isa:?} {height} x {depth}, {vectors}, {rounded}");
                         close(&what, &out, &exact, 1e-4);
-                        close(&what, &many(weight, x, rounded), &exact, 1e-4);
                     }
                 }
             });
@@ -157,10 +142,7 @@ fn a_vector_does_not_depend_on_those_beside_it_nor_on_threads() {
         with_each(|isa| {
             for (stored, _) in weights.all() {
                 let weight = Matrix::new(stored, height, depth).unwrap();
-                let ways: [Way; 2] = [product, many];
-                for (rounded, product) in
-                    [false, true].into_iter().flat_map(|r| ways.map(|w| (r, w)))
-                {
+                for rounded in [false, true] {
                     let together = product(weight, &x, rounded);
                     let single = |x| product(weight, x, rounded);
                     let alone: Vec<f32> = x.chunks_exact(depth).flat_map(single).collect();

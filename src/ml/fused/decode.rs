@@ -362,7 +362,7 @@ impl<'a> Decoder<'a> {
             let input = normed(&x, weights.pre_feedforward_norm.as_ref(), products);
             let widths = [self.model.arch.intermediate_size; 2];
             let [mut gate, up] = products.parts(&weights.gate_up, &input, widths)?;
-            let width = self.model.arch.intermediate_size;
+            let width = self.model.arch.intermediate_size.max(1);
             products.team.share_chunks(&mut gate, width, |token, gate| {
                 let up = &up[token * width..][..width];
                 vectors::gated_unit(weights.activation, gate, up);
@@ -394,22 +394,9 @@ impl backend::Decoder for Decoder<'_> {
     fn step(&mut self, tokens: &[Token], wanted: &[usize]) -> Result<Vec<f32>> {
         let rounded = self.rounded;
         Team::gather(|team| {
-            let products = Products {
-                team,
-                rounded,
-                many: false,
-            };
+            let products = Products { team, rounded };
             self.step_with(&products, tokens, wanted)
         })
-    }
-
-    fn prompt(&mut self, tokens: &[Token], wanted: &[usize]) -> Result<Vec<f32>> {
-        let products = Products {
-            team: &Team::pool(),
-            rounded: self.rounded,
-            many: true,
-        };
-        self.step_with(&products, tokens, wanted)
     }
 
     fn truncate(&mut self, text: usize, length: usize) -> Result<()> {

@@ -5,7 +5,7 @@ use std::borrow::Cow;
 use candle_core::{DType, Result, Tensor, bail};
 use pipeline_kernels::matrix::Matrix;
 use pipeline_kernels::team::Team;
-use pipeline_kernels::vectors::{self, VectorProduct, many_vector_products, vector_products};
+use pipeline_kernels::vectors::{self, VectorProduct, vector_products};
 
 use super::super::weights::{BaseWeight, TensorView};
 use crate::ml::model::linear::{Base, Linear, Pass, Weight};
@@ -83,19 +83,9 @@ pub(super) struct Products<'t> {
     pub(super) team: &'t Team<'t>,
     /// Whether products are computed in bf16, which rounds their factors and results.
     pub(super) rounded: bool,
-    /// Whether the vectors are so many that weights are made ready for all of them together.
-    pub(super) many: bool,
 }
 
 impl Products<'_> {
-    fn multiply(&self, all: Vec<VectorProduct<'_>>) {
-        if self.many {
-            many_vector_products(all);
-        } else {
-            vector_products(self.team, all);
-        }
-    }
-
     /// Applies the head's weight (out, in) to a few vectors (tokens, in). The result is (tokens, out).
     pub(super) fn head(&self, weight: &Weight, pass: Pass, x: &[f32]) -> Result<Vec<f32>> {
         let weight = TensorView::tensor(weight.stored(pass));
@@ -177,7 +167,7 @@ impl Products<'_> {
                 out,
             });
         }
-        self.multiply(products);
+        vector_products(self.team, products);
         let mut highs: Vec<Vec<f32>> = vec![Vec::new(); all.len()];
         let mut products = Vec::new();
         for (((one, low), high), out) in all.iter().zip(&mut lows).zip(&mut highs).zip(&mut outs) {
@@ -199,7 +189,7 @@ impl Products<'_> {
             }
         }
         if !products.is_empty() {
-            self.multiply(products);
+            vector_products(self.team, products);
         }
         for ((one, high), out) in all.iter().zip(&mut highs).zip(&mut outs) {
             if let Some(pair) = &one.pair {
