@@ -83,7 +83,7 @@ pub fn run_job(
     folder: &Path,
     program: PathBuf,
     cpus: Option<NonZeroUsize>,
-    cancel: Arc<AtomicBool>,
+    cancel: &Arc<AtomicBool>,
 ) -> anyhow::Result<bool> {
     let mut start = JobFolder::new(folder.to_owned()).start()?;
     start.task.cpus = start.task.cpus.or(cpus);
@@ -101,7 +101,7 @@ pub fn run_job(
     })?;
     let events = Arc::new(StageEvents::new(sender));
     // The runner enforces the time limit, and the scheduler does.
-    let control = Control::new(Arc::clone(&cancel), None);
+    let control = Control::new(Arc::clone(cancel), None);
     let result = ChildProcess::new(program).execute(&start.task, &events, &control);
     // With the last sender the events end.
     drop(events);
