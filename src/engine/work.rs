@@ -79,11 +79,15 @@ pub fn read_task_file(path: &Path) -> anyhow::Result<Task> {
 
 /// Runs the task in the folder of a job by another process of `program`, with so many threads if the task doesn't say. Its events and
 /// its result are written into the folder. Returns whether the stage succeeded. Fails if the task could not begin.
+#[allow(
+    clippy::needless_pass_by_value,
+    reason = "the flag belongs to the job, as that of `Work` does"
+)]
 pub fn run_job(
     folder: &Path,
     program: PathBuf,
     cpus: Option<NonZeroUsize>,
-    cancel: &Arc<AtomicBool>,
+    cancel: Arc<AtomicBool>,
 ) -> anyhow::Result<bool> {
     let mut start = JobFolder::new(folder.to_owned()).start()?;
     start.task.cpus = start.task.cpus.or(cpus);
@@ -101,7 +105,7 @@ pub fn run_job(
     })?;
     let events = Arc::new(StageEvents::new(sender));
     // The runner enforces the time limit, and the scheduler does.
-    let control = Control::new(Arc::clone(cancel), None);
+    let control = Control::new(Arc::clone(&cancel), None);
     let result = ChildProcess::new(program).execute(&start.task, &events, &control);
     // With the last sender the events end.
     drop(events);

@@ -84,7 +84,7 @@ fn job(folder: &Path) -> Result<(), Failure> {
     on_interrupt(move || stop.store(true, Ordering::Relaxed))?;
     let program = project::own_program().ok_or_else(|| anyhow!("this program can't be found"))?;
     let cpus = variable(CPUS).and_then(|cpus| cpus.parse().ok());
-    if run_job(folder, program, cpus, &cancel)? {
+    if run_job(folder, program, cpus, cancel)? {
         Ok(())
     } else {
         Err(Failure::Reported)
