@@ -123,6 +123,10 @@ pub fn read_task_file(path: &Path) -> anyhow::Result<Task> {
 /// Runs the task in the folder of a job by another process of `program`, with so many threads if the task doesn't say; `lookup`
 /// reads the environment. Its events and
 /// its result are written into the folder. Returns whether the stage succeeded. Fails if the task could not begin.
+#[allow(
+    clippy::needless_pass_by_value,
+    reason = "the flag belongs to the job, as that of `Work` does"
+)]
 pub fn run_job(
     folder: &Path,
     program: PathBuf,
