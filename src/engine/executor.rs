@@ -131,24 +131,22 @@ impl Executors {
     ) -> anyhow::Result<TaskResult> {
         for job in JobFolder::wanted(&slurm::folder_of(task))? {
             let executor = job.submitted().map(|submitted| submitted.executor);
-            match executor.as_ref().and_then(|name| self.clusters.get(name)) {
-                Some(cluster) => {
-                    if let Some(result) = cluster.join(job, task, events, control)? {
-                        return Ok(result);
-                    }
+            let cluster = executor.as_ref().and_then(|name| self.clusters.get(name));
+            if let Some(cluster) = cluster {
+                if let Some(result) = cluster.join(job, task, events, control)? {
+                    return Ok(result);
                 }
-                None => {
-                    job.retire()?;
-                    events.send(Event::Message {
-                        stage: task.stage.clone(),
-                        level: Level::Warning,
-                        text: format!(
-                            "a job of an earlier run may still work on it, but there is no executor `{}` any more to ask",
-                            executor.unwrap_or_default()
-                        ),
-                    });
-                }
+                continue;
             }
+            job.retire()?;
+            events.send(Event::Message {
+                stage: task.stage.clone(),
+                level: Level::Warning,
+                text: format!(
+                    "a job of an earlier run may still work on it, but there is no executor `{}` any more to ask",
+                    executor.unwrap_or_default()
+                ),
+            });
         }
         let executor = match self.cluster(handling) {
             Some(cluster) => cluster,

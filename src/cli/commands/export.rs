@@ -64,13 +64,10 @@ fn slurm(args: &Slurm) -> Result<(), Failure> {
     if let Some(name) = &args.executor {
         clusters.check_name(name)?;
     }
-    let folder = match &args.output {
-        Some(folder) => folder.clone(),
-        None => {
-            let stem = project.recipe.path.file_stem().unwrap_or_default();
-            PathBuf::from(format!("{}-slurm", stem.to_string_lossy()))
-        }
-    };
+    let folder = args.output.clone().unwrap_or_else(|| {
+        let stem = project.recipe.path.file_stem().unwrap_or_default();
+        PathBuf::from(format!("{}-slurm", stem.to_string_lossy()))
+    });
     if fs::read_dir(&folder).is_ok_and(|mut entries| entries.next().is_some()) {
         let message = format!("`{}` is not empty", folder.display());
         let hint = "remove it, or name another folder by `--output`";

@@ -225,7 +225,7 @@ impl Slurm {
             }
             if !std::mem::replace(&mut told, true) {
                 let name = &self.cluster.name;
-                self.tell(task, events, format!("`{name}`: {trouble}; trying again"));
+                tell(task, events, format!("`{name}`: {trouble}; trying again"));
             }
             let until = Instant::now() + pause;
             while Instant::now() < until && control.check().is_ok() {
@@ -281,10 +281,12 @@ impl Slurm {
         };
         let job = Job { folder, id };
         if !is_for(&job.folder, task) {
-            self.tell(
+            tell(
                 task,
                 events,
-                format!("job {id} of an earlier run is cancelled, because what it reads was changed meanwhile, or it was to be made anew"),
+                format!(
+                    "job {id} of an earlier run is cancelled, because what it reads was changed meanwhile, or it was to be made anew"
+                ),
             );
             let stopped = Control::default();
             stopped.cancel();
@@ -292,7 +294,7 @@ impl Slurm {
             let _ = self.end(&job, task, &stopped);
             return Ok(None);
         }
-        self.tell(
+        tell(
             task,
             events,
             format!("job {id} of an earlier run works on it; this run joins it"),
@@ -302,7 +304,7 @@ impl Slurm {
                 let text = format!(
                     "job {id} of an earlier run failed, so that it begins again: {error:#}"
                 );
-                self.tell(task, events, text);
+                tell(task, events, text);
                 Ok(None)
             }
             result => result.map(Some),
@@ -346,7 +348,7 @@ impl Slurm {
                 Err(trouble) if trouble.passes() => {
                     if !std::mem::replace(&mut told, true) {
                         let name = &self.cluster.name;
-                        self.tell(task, events, format!("`{name}`: {trouble}; trying again"));
+                        tell(task, events, format!("`{name}`: {trouble}; trying again"));
                     }
                     std::thread::sleep(PAUSE);
                 }
@@ -367,14 +369,15 @@ impl Slurm {
         let _ = folder.give_back_scratch(start, &task.scratch, alive);
         folder.discard();
     }
+}
 
-    fn tell(&self, task: &Task, events: &Arc<StageEvents>, text: String) {
-        events.send(Event::Message {
-            stage: task.stage.clone(),
-            level: Level::Info,
-            text,
-        });
-    }
+/// Tells a sentence about a stage.
+fn tell(task: &Task, events: &Arc<StageEvents>, text: String) {
+    events.send(Event::Message {
+        stage: task.stage.clone(),
+        level: Level::Info,
+        text,
+    });
 }
 
 /// The folder for jobs of a task: beside the one with scratch folders, under the same name.

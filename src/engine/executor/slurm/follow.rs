@@ -14,14 +14,14 @@ use super::super::super::task::{Task, error};
 use super::super::TaskResult;
 use super::client::{JobState, Trouble};
 use super::queue::Look;
-use super::{Job, Slurm};
+use super::{Job, Slurm, tell};
 
 /// The pause between two looks into the job's folder; each is longer by a quarter, up to [`LONGEST_TICK`], until something comes.
 const TICK: Duration = Duration::from_millis(50);
 const LONGEST_TICK: Duration = Duration::from_secs(1);
 /// How long the result of a job that is over may take to be seen here: file servers have caches.
 const LATENCY: Duration = Duration::from_secs(5);
-const LATENCY_OF_SUCCESS: Duration = Duration::from_secs(60);
+const LATENCY_OF_SUCCESS: Duration = Duration::from_mins(1);
 /// After this time in the queue a stage says that it waits.
 const QUIET: Duration = Duration::from_secs(15);
 /// How long a cancelled job may take to end. Slurm kills what does not stop by itself.
@@ -102,7 +102,7 @@ impl Slurm {
                         "job {} goes on by itself; the same command comes back to it",
                         job.id
                     );
-                    self.tell(task, events, text);
+                    tell(task, events, text);
                     return Err(stopped);
                 }
                 let done = self.end(job, task, control);
@@ -131,7 +131,7 @@ impl Slurm {
                         break End::Lost(Some(state));
                     }
                 }
-                Look::State(state) => seen.state(self, job, task, events, &state),
+                Look::State(state) => seen.state(job, task, events, &state),
             }
         };
         if let (End::Result(_), Err(other)) = (&end, version) {
@@ -247,29 +247,22 @@ impl Seen {
     ) {
         if !std::mem::replace(&mut self.trouble, true) {
             let name = &slurm.cluster.name;
-            slurm.tell(task, events, format!("`{name}`: {trouble}; its jobs go on"));
+            tell(task, events, format!("`{name}`: {trouble}; its jobs go on"));
         }
     }
 
     /// Tells once why the job waits, and where it runs.
-    fn state(
-        &mut self,
-        slurm: &Slurm,
-        job: &Job,
-        task: &Task,
-        events: &Arc<StageEvents>,
-        state: &JobState,
-    ) {
+    fn state(&mut self, job: &Job, task: &Task, events: &Arc<StageEvents>, state: &JobState) {
         self.over = None;
         self.trouble = false;
         if state.is_waiting() {
             if self.start.elapsed() > QUIET && !std::mem::replace(&mut self.waits, true) {
                 let text = format!("job {} waits in the queue ({})", job.id, state.reason);
-                slurm.tell(task, events, text);
+                tell(task, events, text);
             }
         } else if !state.nodes.is_empty() && self.nodes != state.nodes {
             self.nodes.clone_from(&state.nodes);
-            slurm.tell(
+            tell(
                 task,
                 events,
                 format!("job {} runs on {}", job.id, state.nodes),
