@@ -155,6 +155,7 @@ impl Split {
     }
 
     /// Some rows of a whole split, as a split.
+    #[must_use]
     pub fn slice(&self, start: usize, rows: usize) -> Self {
         let mut before = 0;
         let parts = self.counts.iter().map(|&count| {

@@ -132,7 +132,7 @@ pub fn run_job(
     program: PathBuf,
     cpus: Option<NonZeroUsize>,
     lookup: fn(&str) -> Option<String>,
-    cancel: Arc<AtomicBool>,
+    cancel: &Arc<AtomicBool>,
 ) -> anyhow::Result<bool> {
     let mut start = JobFolder::new(folder.to_owned()).start()?;
     // Several processes look at the nodes where each of them is.
@@ -157,7 +157,7 @@ pub fn run_job(
     })?;
     let events = Arc::new(StageEvents::new(sender));
     // The runner enforces the time limit, and the scheduler does.
-    let control = Control::new(Arc::clone(&cancel), None);
+    let control = Control::new(Arc::clone(cancel), None);
     let result = ChildProcess::new(program, Some(lookup)).execute(&start.task, &events, &control);
     // With the last sender the events end.
     drop(events);

@@ -119,7 +119,7 @@ fn job(folder: &Path) -> Result<(), Failure> {
     on_interrupt(move || stop.store(true, Ordering::Relaxed))?;
     let program = project::own_program().ok_or_else(|| anyhow!("this program can't be found"))?;
     let cpus = variable(CPUS).and_then(|cpus| cpus.parse().ok());
-    if run_job(folder, program, cpus, variable, cancel)? {
+    if run_job(folder, program, cpus, variable, &cancel)? {
         Ok(())
     } else {
         Err(Failure::Reported)
