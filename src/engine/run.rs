@@ -468,23 +468,6 @@ impl<'a> Runner<'a, '_> {
         Lookup::Fresh(artifact)
     }
 
-    /// The frozen stages that a stage depends on and whose results are taken though something changed.
-    fn frozen_before(&self, index: usize) -> Vec<String> {
-        let changed = self.summary.frozen.iter();
-        let mut changed = changed
-            .filter(|(_, reasons)| !reasons.is_empty())
-            .peekable();
-        if changed.peek().is_none() {
-            return Vec::new();
-        }
-        let graph = self.session.graph;
-        let needed = graph.needed(&[index]);
-        changed
-            .filter(|(frozen, _)| needed[**frozen])
-            .map(|(frozen, _)| graph.nodes[*frozen].name.clone())
-            .collect()
-    }
-
     /// Starts stale stages while the number of stages and their resources allow it. Exclusive stages run one at a time.
     fn start<'scope>(
         &mut self,
@@ -519,7 +502,7 @@ impl<'a> Runner<'a, '_> {
                 cancel: Arc::clone(self.cancel),
                 index,
                 gpus,
-                frozen: self.frozen_before(index),
+                frozen: self.session.frozen_before(index, &self.summary.frozen),
             };
             let done = self.done.clone();
             let started = std::thread::Builder::new().spawn_scoped(scope, move || {
