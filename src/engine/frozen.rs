@@ -68,4 +68,24 @@ impl Session<'_> {
             frozen: Some(reasons),
         })
     }
+
+    /// The frozen stages that a stage depends on and whose results are taken though something changed; `frozen` has what changed by stage.
+    pub(super) fn frozen_before(
+        &self,
+        index: usize,
+        frozen: &BTreeMap<usize, Vec<Reason>>,
+    ) -> Vec<String> {
+        let changed = frozen.iter();
+        let mut changed = changed
+            .filter(|(_, reasons)| !reasons.is_empty())
+            .peekable();
+        if changed.peek().is_none() {
+            return Vec::new();
+        }
+        let needed = self.graph.needed(&[index]);
+        changed
+            .filter(|(frozen, _)| needed[**frozen])
+            .map(|(frozen, _)| self.graph.nodes[*frozen].name.clone())
+            .collect()
+    }
 }

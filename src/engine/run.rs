@@ -514,7 +514,7 @@ impl<'a> Runner<'a, '_> {
                 cancel: Arc::clone(self.cancel),
                 index,
                 gpus,
-                frozen: self.summary.frozen_before(self.session.graph, index),
+                frozen: self.session.frozen_before(index, &self.summary.frozen),
             };
             let done = self.done.clone();
             let started = std::thread::Builder::new().spawn_scoped(scope, move || {

@@ -3,7 +3,6 @@
 use std::collections::BTreeMap;
 
 use super::canonical::Digest;
-use super::graph::Graph;
 use super::handling::Machine;
 use super::reason::Reason;
 
@@ -39,22 +38,4 @@ pub struct Summary {
     pub run: Option<u64>,
     /// The frozen stages, by their positions in the recipe, and what would make them run if they were not frozen.
     pub frozen: BTreeMap<usize, Vec<Reason>>,
-}
-
-impl Summary {
-    /// The frozen stages that a stage depends on and whose results are taken though something changed.
-    pub(super) fn frozen_before(&self, graph: &Graph, index: usize) -> Vec<String> {
-        let changed = self.frozen.iter();
-        let mut changed = changed
-            .filter(|(_, reasons)| !reasons.is_empty())
-            .peekable();
-        if changed.peek().is_none() {
-            return Vec::new();
-        }
-        let needed = graph.needed(&[index]);
-        changed
-            .filter(|(frozen, _)| needed[**frozen])
-            .map(|(frozen, _)| graph.nodes[*frozen].name.clone())
-            .collect()
-    }
 }
