@@ -100,7 +100,7 @@ impl<'a> Finder<'a> {
         self.pin(shown.display().to_string(), None, &text);
         Ok(RecipeFile {
             path: path.to_owned(),
-            shown: self.from_here(path),
+            shown: seen_from_here(path),
             text: text.into(),
             fetched: None,
         })
@@ -109,13 +109,6 @@ impl<'a> Finder<'a> {
     /// A path as the recipe's folder sees it, by which it is pinned.
     fn shown(&self, path: &Path) -> PathBuf {
         let below = path.strip_prefix(self.folder);
-        below.map_or_else(|_| path.to_owned(), Path::to_owned)
-    }
-
-    /// A path for messages: from the current folder, where it lies in it.
-    fn from_here(&self, path: &Path) -> PathBuf {
-        let here = std::env::current_dir().unwrap_or_default();
-        let below = path.strip_prefix(here);
         below.map_or_else(|_| path.to_owned(), Path::to_owned)
     }
 
@@ -130,7 +123,7 @@ impl<'a> Finder<'a> {
         self.pins.get(source)?.commit.as_deref()
     }
 
-    fn from_git(&self, source: &Source, written: &str) -> anyhow::Result<RecipeFile> {
+    fn git_recipe(&self, source: &Source, written: &str) -> anyhow::Result<RecipeFile> {
         let Source::Git {
             url,
             revision,
@@ -148,7 +141,7 @@ impl<'a> Finder<'a> {
         self.fetched(folder.join(path), folder, (written, path), commit)
     }
 
-    fn from_hub(&self, source: &Source, written: &str) -> anyhow::Result<RecipeFile> {
+    fn hub_recipe(&self, source: &Source, written: &str) -> anyhow::Result<RecipeFile> {
         let Source::Hub {
             kind,
             repo,
@@ -226,41 +219,6 @@ impl<'a> Finder<'a> {
             fetched: Some(folder),
         })
     }
-
-    /// A recipe in the same repository as the one that names it.
-    fn beside(
-        &self,
-        from: &RecipeFile,
-        folder: &Path,
-        written: &str,
-    ) -> Result<RecipeFile, Refusal> {
-        let start = from.path.parent().unwrap_or(folder);
-        let path = normal(&start.join(written));
-        let real = path.canonicalize();
-        let inside = folder.canonicalize();
-        let is_inside = real.ok().zip(inside.ok());
-        if !path.starts_with(folder)
-            || !is_inside.is_some_and(|(real, inside)| real.starts_with(inside))
-        {
-            let message = format!(
-                "there is no recipe `{written}` beside `{}`",
-                from.shown.display()
-            );
-            let hint = "what comes from elsewhere names recipes of its own repository, and others by their addresses";
-            return Err((message, hint.to_owned()));
-        }
-        let text = text(&path, written)?;
-        let named = from.shown.display().to_string();
-        let named = named
-            .rsplit_once(": ")
-            .map_or(named.as_str(), |(named, _)| named);
-        Ok(RecipeFile {
-            shown: PathBuf::from(format!("{named}: {written}")),
-            path,
-            text: text.into(),
-            fetched: Some(folder.to_owned()),
-        })
-    }
 }
 
 impl Includes for Finder<'_> {
@@ -278,7 +236,7 @@ impl Includes for Finder<'_> {
             })
         };
         match (&source, &from.fetched) {
-            (Source::Local(_), Some(folder)) => self.beside(from, folder, written),
+            (Source::Local(_), Some(folder)) => beside(from, folder, written),
             (Source::Local(path), None) => {
                 let here = std::env::current_dir().unwrap_or_default();
                 let of = normal(&here.join(&from.path));
@@ -296,11 +254,48 @@ impl Includes for Finder<'_> {
                         return Err((message, self.advice.clone()));
                     }
                 }
-                far(self.from_git(&source, written))
+                far(self.git_recipe(&source, written))
             }
-            (Source::Hub { .. }, _) => far(self.from_hub(&source, written)),
+            (Source::Hub { .. }, _) => far(self.hub_recipe(&source, written)),
         }
     }
+}
+
+/// A path for messages: from the current folder, where it lies in it.
+fn seen_from_here(path: &Path) -> PathBuf {
+    let here = std::env::current_dir().unwrap_or_default();
+    let below = path.strip_prefix(here);
+    below.map_or_else(|_| path.to_owned(), Path::to_owned)
+}
+
+/// A recipe in the same repository as the one that names it.
+fn beside(from: &RecipeFile, folder: &Path, written: &str) -> Result<RecipeFile, Refusal> {
+    let start = from.path.parent().unwrap_or(folder);
+    let path = normal(&start.join(written));
+    let real = path.canonicalize();
+    let inside = folder.canonicalize();
+    let is_inside = real.ok().zip(inside.ok());
+    if !path.starts_with(folder)
+        || !is_inside.is_some_and(|(real, inside)| real.starts_with(inside))
+    {
+        let message = format!(
+            "there is no recipe `{written}` beside `{}`",
+            from.shown.display()
+        );
+        let hint = "what comes from elsewhere names recipes of its own repository, and others by their addresses";
+        return Err((message, hint.to_owned()));
+    }
+    let text = text(&path, written)?;
+    let named = from.shown.display().to_string();
+    let named = named
+        .rsplit_once(": ")
+        .map_or(named.as_str(), |(named, _)| named);
+    Ok(RecipeFile {
+        shown: PathBuf::from(format!("{named}: {written}")),
+        path,
+        text: text.into(),
+        fetched: Some(folder.to_owned()),
+    })
 }
 
 /// The text of a recipe.
