@@ -33,7 +33,7 @@ const PROGRAMS: [&str; 9] = [
 /// Where they may be.
 const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 /// The longest time that anything of the cluster may take.
-const LONGEST: Duration = Duration::from_secs(120);
+const LONGEST: Duration = Duration::from_mins(2);
 
 /// A cluster; everything that it started ends when this is dropped.
 pub(crate) struct Cluster {
@@ -257,7 +257,7 @@ impl Cluster {
     }
 
     pub(crate) fn stop_controller(&self) {
-        self.end(&self.path("slurmctld.pid"), Signal::SIGTERM);
+        Self::end(&self.path("slurmctld.pid"), Signal::SIGTERM);
     }
 
     pub(crate) fn start_node(&self, node: usize) {
@@ -266,7 +266,7 @@ impl Cluster {
 
     /// Kills the daemon of a node; the jobs on it go on, and nobody hears of them. The controller is told that the node is lost.
     pub(crate) fn lose_node(&self, node: &str) {
-        self.end(&self.path(&format!("slurmd-{node}.pid")), Signal::SIGKILL);
+        Self::end(&self.path(&format!("slurmd-{node}.pid")), Signal::SIGKILL);
         self.run(
             "scontrol",
             &[
@@ -279,7 +279,7 @@ impl Cluster {
     }
 
     /// Ends the process of a file with its number, and waits for that.
-    fn end(&self, file: &Path, signal: Signal) {
+    fn end(file: &Path, signal: Signal) {
         let number = fs::read_to_string(file).ok();
         let Some(pid) = number.and_then(|number| number.trim().parse().ok()) else {
             return;
@@ -352,12 +352,12 @@ impl Drop for Cluster {
     fn drop(&mut self) {
         // The whole of it, whether the test went well or not: first the daemons, so that they start nothing, then what they started.
         for node in 1..=self.nodes {
-            self.end(&self.path(&format!("slurmd-n{node}.pid")), Signal::SIGTERM);
+            Self::end(&self.path(&format!("slurmd-n{node}.pid")), Signal::SIGTERM);
         }
-        self.end(&self.path("slurmctld.pid"), Signal::SIGTERM);
+        Self::end(&self.path("slurmctld.pid"), Signal::SIGTERM);
         for pid in self.processes() {
             let _ = kill(pid, Signal::SIGKILL);
         }
-        self.end(&self.path("munge/pid"), Signal::SIGTERM);
+        Self::end(&self.path("munge/pid"), Signal::SIGTERM);
     }
 }
