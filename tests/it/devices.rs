@@ -97,9 +97,9 @@ fn a_training_goes_on_on_another_device() {
     assert!(begun["notes"]["gpu_work"]["launches"].as_u64() > Some(100));
     let step = &begun["notes"]["gpu_work_of_last_step"];
     assert!(step["launches"].as_u64() > Some(20), "{begun}");
-    // The trained tensors have stayed where they are, and what the GPU was expected to hold is told.
-    let copied =
-        step["uploaded_bytes"].as_u64().unwrap() + step["downloaded_bytes"].as_u64().unwrap();
+    // The trained tensors were not copied there again; the last step copies them back, for a longer training. What the GPU was expected to hold
+    // is told.
+    let copied = step["uploaded_bytes"].as_u64().unwrap();
     let trained = begun["notes"]["trained_parameters"].as_u64().unwrap();
     assert!(copied < 4 * trained, "{step}, {trained} trained numbers");
     assert!(begun["notes"]["gpu_memory_estimate"]["weights"].is_u64());
