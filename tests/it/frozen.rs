@@ -175,6 +175,7 @@ fn without_a_result_or_with_an_altered_one_it_is_an_error() {
 #[test]
 fn files_that_are_gone_come_back_from_a_remote() {
     let project = project();
+    fs::create_dir(project.path("shared")).unwrap();
     project.succeeds(&["run", "r.yaml", "--remote", "shared"]);
     let before = project.artifacts(&["r.yaml"]);
     freeze(&project);
