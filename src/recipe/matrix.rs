@@ -311,7 +311,9 @@ impl<'r> Expander<'r> {
                 };
                 if taken.iter().all(|(made, _)| made.combination.is_empty()) {
                     if taken.iter().all(|(made, _)| made.left_out) {
-                        partial.iter_mut().for_each(|one| one.lacks = true);
+                        for one in &mut partial {
+                            one.lacks = true;
+                        }
                     }
                     continue;
                 }
@@ -349,9 +351,11 @@ impl<'r> Expander<'r> {
                     if let Names::Collect(names) = &input.found.names {
                         let path = path_of(declared, input);
                         let combination = &made_of.combination;
-                        let names = names.iter().flat_map(|name| {
-                            let stage = &declared.name;
-                            self.collected(draft, stage, combination, name, &path, index, made)
+                        let names = names.iter().flat_map(|written| {
+                            match self.text(&declared.name, combination, written) {
+                                Some(name) => self.collected(draft, name, &path, index, made),
+                                None => vec![written.clone()],
+                            }
                         });
                         let names: Vec<Value> = names.map(Value::from).collect();
                         made_of.inputs.push((position, names.into()));
@@ -367,16 +371,11 @@ impl<'r> Expander<'r> {
     fn collected(
         &self,
         draft: &mut Draft,
-        stage: &str,
-        combination: &Combination,
-        written: &str,
+        name: String,
         path: &RecipePath,
         index: &BTreeMap<&str, usize>,
         made: &[Option<Vec<Made>>],
     ) -> Vec<String> {
-        let Some(name) = self.text(stage, combination, written) else {
-            return vec![written.to_owned()];
-        };
         let Some((read, picked)) = resolve(&name, index) else {
             return vec![name];
         };
@@ -401,7 +400,8 @@ impl<'r> Expander<'r> {
                 let written = keys(&["stages", &declared.name]);
                 let path = keys(&["stages", &name]);
                 if one.left_out {
-                    draft.left_out.push(self.left_out(draft, declared, name));
+                    let left_out = Self::left_out(draft, declared, name);
+                    draft.left_out.push(left_out);
                     continue;
                 }
                 if !one.combination.is_empty() {
@@ -449,7 +449,7 @@ impl<'r> Expander<'r> {
     }
 
     /// What there is to say of a stage that is left out.
-    fn left_out(&self, draft: &Draft, declared: &Declared, name: String) -> LeftOut {
+    fn left_out(draft: &Draft, declared: &Declared, name: String) -> LeftOut {
         let path = keys(&["stages", &declared.name, WHEN]);
         let when = declared.when.as_ref();
         LeftOut {

@@ -265,8 +265,8 @@ impl Recipe {
 
     /// The line at a place.
     pub fn line(&self, span: SourceSpan) -> Option<&str> {
-        let lines = self.files.get(span.file)?.text.lines();
-        lines.skip(span.line.checked_sub(1)?).next()
+        let mut lines = self.files.get(span.file)?.text.lines();
+        lines.nth(span.line.checked_sub(1)?)
     }
 
     /// The stage name that is most like `name`, for a did-you-mean.

@@ -237,7 +237,8 @@ fn circles_and_too_many_files_are_refused() {
         told.contains("recipes include each other more than 8 deep"),
         "{told}"
     );
-    let many: String = (0..101).map(|n| format!("  i{n}: prep.yaml\n")).collect();
+    let many: Vec<String> = (0..101).map(|n| format!("  i{n}: prep.yaml\n")).collect();
+    let many = many.concat();
     let told = mistakes(with(
         &format!("version: 1\ninclude:\n{many}stages: {{}}\n"),
         &[("prep.yaml", PREP)],

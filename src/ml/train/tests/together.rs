@@ -197,6 +197,9 @@ fn go(
     })
 }
 
+/// Whether a process stops a training at a step, by its rank.
+type Stops<'a> = &'a (dyn Fn(usize, &Step) -> bool + Sync);
+
 #[test]
 fn several_processes_stop_together_and_go_on_with_the_same_bits() {
     let rows = rows_of_23();
@@ -214,7 +217,7 @@ fn several_processes_stop_together_and_go_on_with_the_same_bits() {
     let folder = || tempfile::tempdir().unwrap();
     let whole = go(2, folder().path(), &rows, &settings, &|_, _| false);
     // After a step, in the middle of one, and before the first one; by the first process or by the other one.
-    let stops: [&(dyn Fn(usize, &Step) -> bool + Sync); 4] = [
+    let stops: [Stops<'_>; 4] = [
         &|rank, step| rank == 0 && step.step == 1 && step.micro_batches == 0,
         &|rank, step| rank == 1 && step.step == 2 && step.micro_batches == 0,
         &|rank, step| rank == 1 && step.step == 3 && step.micro_batches == 2,
