@@ -120,7 +120,7 @@ impl Running {
 
     /// Reads events until one holds.
     #[track_caller]
-    fn wait_for(&mut self, what: &str, holds: impl Fn(&Value) -> bool) {
+    fn wait_for(&mut self, what: &str, mut holds: impl FnMut(&Value) -> bool) {
         while let Some(event) = self.next_event() {
             if holds(&event) {
                 return;
@@ -134,6 +134,18 @@ impl Running {
     fn wait_for_message(&mut self, words: &str) {
         self.wait_for(words, |event| {
             event["event"] == "message" && event["text"].as_str().unwrap().contains(words)
+        });
+    }
+
+    /// Waits until each of these words came in a message, in any order: what the scheduler says and what the job says are not ordered.
+    #[track_caller]
+    fn wait_for_messages(&mut self, mut words: Vec<&str>) {
+        self.wait_for("all messages", |event| {
+            let text = event["text"]
+                .as_str()
+                .filter(|_| event["event"] == "message");
+            words.retain(|words| !text.is_some_and(|text| text.contains(words)));
+            words.is_empty()
         });
     }
 

@@ -165,8 +165,7 @@ fn a_lost_node_is_one_attempt_and_its_orphans_change_nothing() {
                   echo \"$$\" >>\"$SCRATCH/lines\"; sleep 0.1; done\n";
     scripted(&project, script, "    retries: 1\n");
     let mut run = Running::start(&project, &["own.yaml"]);
-    run.wait_for_message("runs on n1");
-    run.wait_for_message("begun");
+    run.wait_for_messages(vec!["runs on n1", "begun"]);
     let first = find(&project.path(".pipeline/v1/jobs"), "out")
         .parent()
         .unwrap()
@@ -181,8 +180,7 @@ fn a_lost_node_is_one_attempt_and_its_orphans_change_nothing() {
         error.contains("`n1`") && error.contains("NODE_FAIL"),
         "{error}"
     );
-    run.wait_for_message("runs on n2");
-    run.wait_for_message("begun");
+    run.wait_for_messages(vec!["runs on n2", "begun"]);
     assert!(cluster.processes_of("own.sh") >= 2, "the orphan is alive");
     let second = find(&project.path(".pipeline/v1/jobs"), "out")
         .parent()
