@@ -86,6 +86,22 @@ pub fn end_with_parent() {
     let _ = nix::sys::prctl::set_pdeathsig(nix::sys::signal::Signal::SIGKILL);
 }
 
+/// Lets the system choose this process, and not the one that started it, where it has to end one for want of memory: the other one takes
+/// little, and has to tell what happened. Called at the beginning.
+pub fn give_way() {
+    #[cfg(target_os = "linux")]
+    {
+        // Between -1000, never, and 1000, first; without a privilege it can only be raised.
+        const FIRST: i32 = 500;
+        const FILE: &str = "/proc/self/oom_score_adj";
+        let is_lower = std::fs::read_to_string(FILE)
+            .is_ok_and(|now| now.trim().parse().is_ok_and(|now: i32| now < FIRST));
+        if is_lower {
+            let _ = std::fs::write(FILE, FIRST.to_string());
+        }
+    }
+}
+
 /// The input with the orders of the parent process. Its end means that the parent is gone.
 pub type Orders = Box<dyn BufRead + Send>;
 

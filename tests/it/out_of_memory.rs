@@ -103,21 +103,34 @@ impl Drop for Group {
     }
 }
 
-#[test]
-fn a_stage_that_the_system_kills_for_want_of_memory_fails_alone() {
-    let Some(group) = Group::new() else {
-        let note = "no control group can be made here, so nothing is killed for want of memory\n";
-        // Past the capture of the test runner, so that a log of a passed run shows it.
-        let _ = std::io::stderr().write_all(note.as_bytes());
-        return;
-    };
+/// A project of which everything but the last two stages is made.
+fn prepared() -> Project {
     let project = Project::empty();
     project.write("r.yaml", RECIPE);
     let rows = (0..20)
         .map(|n| format!("{{\"prompt\": \"question {n}\", \"completion\": \"answer {n}\"}}\n"));
     project.write("rows.jsonl", &rows.collect::<String>());
     project.succeeds(&["run", "r.yaml", "blank", "tokens"]);
-    let ended = group.run(&project, &["run", "r.yaml", "--keep-going", "--json"]);
+    project
+}
+
+#[test]
+fn a_stage_that_the_system_kills_for_want_of_memory_fails_alone() {
+    if Group::new().is_none() {
+        let note = "no control group can be made here, so nothing is killed for want of memory\n";
+        // Past the capture of the test runner, so that a log of a passed run shows it.
+        let _ = std::io::stderr().write_all(note.as_bytes());
+        return;
+    }
+    // The kernel sometimes ends a second process, which is then the runner, before the memory of the first one is back.
+    let (project, group, ended) = (0..5)
+        .find_map(|_| {
+            let group = Group::new()?;
+            let project = prepared();
+            let ended = group.run(&project, &["run", "r.yaml", "--keep-going", "--json"]);
+            (ended.code.is_some() || group.kills() == 1).then_some((project, group, ended))
+        })
+        .expect("the runner is killed each time");
     let seen = events(&ended.stdout);
     assert_eq!(ended.code, Some(1), "{}", ended.stderr);
     let failed = stages(&seen, "stage_failed");

@@ -14,7 +14,8 @@ use pipeline_kernels::dispatch::{Isa, limit};
 use crate::cli::leaving::on_interrupt;
 use crate::cli::{Failure, project, variable};
 use crate::engine::work::{
-    Orders, Work, catch_panics, end_with_parent, launcher, read_task, read_task_file, run_job,
+    Orders, Work, catch_panics, end_with_parent, give_way, launcher, read_task, read_task_file,
+    run_job,
 };
 use crate::stages::KINDS;
 
@@ -63,6 +64,7 @@ pub(in crate::cli) fn run(args: &Args) -> Result<(), Failure> {
     if args.task.is_none() || args.member {
         end_with_parent();
     }
+    give_way();
     catch_panics();
     if let Some(name) = variable(VARIABLE) {
         let names = Isa::ALL.map(Isa::name).join(", ");
