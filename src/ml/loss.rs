@@ -41,6 +41,18 @@ pub struct Needs {
     pub sequence_logits: Option<Positions>,
 }
 
+impl Needs {
+    /// Those of a loss that compares answers with a reference model, and logs what TRL logs of them.
+    pub(super) fn beside_reference() -> Self {
+        Self {
+            reference: true,
+            token_stats: true,
+            target_logits: true,
+            ..Self::default()
+        }
+    }
+}
+
 /// A scored micro-batch. Slices have one element for each target.
 #[derive(Debug, Clone, Copy)]
 pub struct Scored<'a> {
@@ -82,8 +94,10 @@ pub trait Loss: Send + Sync {
     /// A row is empty, or lacks an answer that the loss needs.
     fn batch(&self, rows: &[&Row], pad: u32) -> anyhow::Result<Batch>;
 
-    /// The tokens that are scored. Those of one sequence are in the order of their positions.
-    fn targets(&self, batch: &Batch) -> Vec<Target>;
+    /// The tokens that are scored, by default those of all answers. Those of one sequence are in the order of their positions.
+    fn targets(&self, batch: &Batch) -> Vec<Target> {
+        batch.answer_targets()
+    }
 
     /// What it needs beside the log-probabilities of its targets.
     fn needs(&self) -> Needs;

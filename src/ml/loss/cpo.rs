@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 
 use super::pairs::{hinge, mean, share_preferred, smoothed_logistic};
 use super::{Loss, Metrics, Needs, Outcome, Preferences, Scored};
-use crate::ml::model::batch::{Batch, Row, Target};
+use crate::ml::model::batch::{Batch, Row};
 use crate::ml::model::head::Positions;
 
 /// A loss of pairs, by TRL's name.
@@ -93,11 +93,6 @@ impl Cpo {
 impl Loss for Cpo {
     fn batch(&self, rows: &[&Row], pad: u32) -> anyhow::Result<Batch> {
         Ok(Batch::pairs(rows, pad)?)
-    }
-
-    /// The tokens of all answers.
-    fn targets(&self, batch: &Batch) -> Vec<Target> {
-        batch.answer_targets()
     }
 
     fn needs(&self) -> Needs {

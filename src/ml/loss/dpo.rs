@@ -115,18 +115,8 @@ impl Loss for Dpo {
         Ok(Batch::pairs(rows, pad)?)
     }
 
-    /// The tokens of all answers.
-    fn targets(&self, batch: &Batch) -> Vec<Target> {
-        batch.answer_targets()
-    }
-
     fn needs(&self) -> Needs {
-        Needs {
-            reference: true,
-            token_stats: true,
-            target_logits: true,
-            ..Needs::default()
-        }
+        Needs::beside_reference()
     }
 
     fn metrics(&self) -> &'static [&'static str] {

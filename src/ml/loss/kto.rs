@@ -19,7 +19,7 @@ use serde::{Deserialize, Serialize};
 
 use super::pairs::mean;
 use super::{Loss, Metrics, Needs, Outcome, Preferences, Scored, sigmoid};
-use crate::ml::model::batch::{Batch, Mismatched, Row, Target};
+use crate::ml::model::batch::{Batch, Mismatched, Row};
 use crate::ml::model::head::TokenStats;
 
 /// A loss of labelled answers, by TRL's name.
@@ -99,18 +99,8 @@ impl Loss for Kto {
         Ok(Batch::unpaired(rows, self.loss_type.estimates_kl(), pad)?)
     }
 
-    /// The tokens of all answers.
-    fn targets(&self, batch: &Batch) -> Vec<Target> {
-        batch.answer_targets()
-    }
-
     fn needs(&self) -> Needs {
-        Needs {
-            reference: true,
-            token_stats: true,
-            target_logits: true,
-            ..Needs::default()
-        }
+        Needs::beside_reference()
     }
 
     /// Those of the desirable answers (`chosen`) and of the others (`rejected`) are left out where a micro-batch has none.
