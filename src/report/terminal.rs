@@ -11,7 +11,7 @@ use anstyle::Style;
 
 use super::Reporter;
 use super::frame::Frame;
-use super::look::{Look, Places, Verbosity};
+use super::look::{Look, RecipeNames, Verbosity};
 use super::progress::{Pen, Running};
 use super::screen::Screen;
 use super::style::{BOLD, DIM, ERROR, GOOD, RUNS, WAITS, WARNING, paint, stripped};
@@ -35,7 +35,7 @@ const PLAIN_WIDTH: usize = 140;
 
 /// Shows events to people.
 pub struct Terminal<W: Write> {
-    places: Places,
+    recipe: RecipeNames,
     look: Look,
     screen: Screen<W>,
     table: Table,
@@ -64,14 +64,14 @@ pub struct Terminal<W: Write> {
 
 impl<W: Write> Terminal<W> {
     /// Writes to `out`.
-    pub fn new(places: Places, look: Look, out: W) -> Self {
-        Self::on(places, look, Screen::new(out))
+    pub fn new(recipe: RecipeNames, look: Look, out: W) -> Self {
+        Self::on(recipe, look, Screen::new(out))
     }
 
-    fn on(places: Places, look: Look, screen: Screen<W>) -> Self {
-        let names = places.stages.keys().map(|name| width(name)).max();
+    fn on(recipe: RecipeNames, look: Look, screen: Screen<W>) -> Self {
+        let names = recipe.stages.keys().map(|name| width(name)).max();
         Self {
-            places,
+            recipe,
             look,
             screen,
             table: Table::default(),
@@ -366,11 +366,11 @@ impl<W: Write> Terminal<W> {
         }
         self.add_always(ERROR, "failed", &format!("{stage}: {error}"));
         let mut more = Vec::new();
-        if let Some(span) = self.places.stages.get(stage) {
+        if let Some(span) = self.recipe.stages.get(stage) {
             more.push(format!("it is defined at {span}"));
         }
         // Who looks at the log itself needs no more of it.
-        let is_live = !self.places.recipe.is_empty();
+        let is_live = !self.recipe.recipe.is_empty();
         if let Some(words) = self.last_words.get(stage)
             && !words.is_empty()
             && is_live
@@ -379,7 +379,7 @@ impl<W: Write> Terminal<W> {
             more.extend(words.iter().map(|words| format!("  {words}")));
         }
         if is_live {
-            let command = self.places.command("log", Some(stage));
+            let command = self.recipe.command("log", Some(stage));
             more.push(format!("`{command}` shows all of it"));
         }
         if let Some(kept) = kept {

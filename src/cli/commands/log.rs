@@ -84,9 +84,9 @@ pub(super) fn replay(
     }
     let mut look = look_of_output();
     look.verbosity = Verbosity::Verbose;
-    let mut places = project.places(recipe);
-    places.recipe.clear();
-    let mut terminal = Terminal::new(places, look, std::io::stdout());
+    let mut names = project.recipe_names(recipe);
+    names.recipe.clear();
+    let mut terminal = Terminal::new(names, look, std::io::stdout());
     for logged in events {
         terminal.event(&logged.event);
         terminal.flush();

@@ -31,7 +31,7 @@ pub(in crate::cli) struct Args {
     /// Fails if any input differs from what the lock file pins
     #[arg(long)]
     locked: bool,
-    /// Exits with 0 if there is nothing to do, with 2 if there is something, with 1 if that can't be told
+    /// Exits with 0 if there is nothing to do, with 2 if there is something, with 1 if that is not known
     #[arg(long)]
     exit_code: bool,
     /// The plan as JSON

@@ -26,7 +26,9 @@ use crate::engine::{
 };
 use crate::recipe::RecipeStage;
 use crate::report::style::{BOLD, paint};
-use crate::report::{JsonLines, Places, Reporter, Terminal, Verbosity, harmless, quoted, report};
+use crate::report::{
+    JsonLines, RecipeNames, Reporter, Terminal, Verbosity, harmless, quoted, report,
+};
 
 #[derive(clap::Args)]
 pub(in crate::cli) struct Args {
@@ -126,8 +128,8 @@ pub(in crate::cli) fn run(args: &Args) -> Result<(), Failure> {
     let mut reporter: Box<dyn Reporter + Send> = if args.json {
         Box::new(JsonLines::new(std::io::stdout()))
     } else {
-        let places = project.places(&args.recipe);
-        Box::new(Terminal::new(places, look, std::io::stderr()))
+        let names = project.recipe_names(&args.recipe);
+        Box::new(Terminal::new(names, look, std::io::stderr()))
     };
     let mut log = project.event_log();
     let mut tracking = tracking(&project, args.name.as_deref())?;
@@ -216,7 +218,7 @@ pub(in crate::cli) fn run(args: &Args) -> Result<(), Failure> {
     }
     told?;
     if summary.ran > 0 && !args.json && verbosity() > Verbosity::Quiet {
-        suggest(&project, &targets, &project.places(&args.recipe));
+        suggest(&project, &targets, &project.recipe_names(&args.recipe));
     }
     Ok(())
 }
@@ -237,7 +239,7 @@ fn label_run(project: &Project, number: Option<u64>, label: RunLabel) -> anyhow:
 }
 
 /// The commands that are worth a try now.
-fn suggest(project: &Project, targets: &[usize], places: &Places) {
+fn suggest(project: &Project, targets: &[usize], names: &RecipeNames) {
     let needed = project.graph.needed(targets);
     let order = project.recipe.order().into_iter();
     let stages = order.filter(|&index| needed.get(index) == Some(&true));
@@ -253,7 +255,7 @@ fn suggest(project: &Project, targets: &[usize], places: &Places) {
     let mut suggest = |command: &str, stage: Option<&&RecipeStage>| {
         if is_command(command) {
             let stage = stage.map(|stage| stage.name.as_str());
-            commands.push(places.command(command, stage));
+            commands.push(names.command(command, stage));
         }
     };
     let trains = stages.iter().any(|stage| stage.stage.exclusive());

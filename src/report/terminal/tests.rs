@@ -98,9 +98,9 @@ impl Write for Tube<'_> {
     }
 }
 
-fn places() -> Places {
+fn names() -> RecipeNames {
     let stages = ["pairs", "base", "tuned", "scores"];
-    Places {
+    RecipeNames {
         recipe: "r.yaml".into(),
         set: String::new(),
         stages: stages
@@ -234,7 +234,7 @@ fn plain(verbosity: Verbosity, events: &[Event]) -> String {
         verbosity,
         ..Look::default()
     };
-    let mut terminal = Terminal::on(places(), look, Screen::alone(&mut out));
+    let mut terminal = Terminal::on(names(), look, Screen::alone(&mut out));
     for event in events {
         terminal.event(event);
     }
@@ -356,7 +356,7 @@ fn play(at: usize, size: Size, widths: &[usize], events: &[Event]) -> (String, u
     let mut frames = 0;
     {
         let screen = Screen::alone(Tube(&tube));
-        let mut terminal = Terminal::on(places(), look, screen);
+        let mut terminal = Terminal::on(names(), look, screen);
         for (event, columns) in events.iter().zip(widths.iter().cycle()) {
             *WIDTHS[at].lock().unwrap() = *columns;
             tube.lock().unwrap().columns = *columns;
