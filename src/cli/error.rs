@@ -44,6 +44,11 @@ pub(super) fn warning(message: &str) -> String {
     sentence(&paint(WARNING, "warning:"), message, columns())
 }
 
+/// What is good to know.
+pub(super) fn note(message: &str) -> String {
+    sentence("note:", message, columns())
+}
+
 /// The same as [`plain`] with what to do.
 pub(super) fn with_hint(message: &str, hint: &str) -> String {
     format!("{}{}", plain(message), hint_line(hint, columns()))
@@ -65,7 +70,7 @@ fn sentence(word: &str, text: &str, columns: Option<usize>) -> String {
     let Some(columns) = columns else {
         return text + "\n";
     };
-    let columns = columns.max(2 * NARROWEST);
+    let columns = columns.max(NARROWEST);
     let mut lines = text.lines().map(|line| match line.strip_prefix("  ") {
         None => wrapped(line, columns, "", "  "),
         Some(row) => table_row(row, columns),

@@ -21,6 +21,7 @@ mod on_finish;
 mod project;
 mod remote;
 mod serve;
+mod tables;
 mod target;
 mod tracking;
 mod trust;
@@ -35,6 +36,7 @@ use serde::Serialize;
 use crate::report::style::{BOLD, paint};
 use crate::report::{harmless, harmless_json, steers};
 pub use commands::reference::reference;
+use tables::{paragraphs, table, table_or_lists};
 
 /// Runs recipes for fine-tuning language models: every stage is cached, and only what is out of date runs.
 #[derive(Parser)]
@@ -284,6 +286,11 @@ fn eprint_warning(text: &str) {
     eprint_rendered(&error::warning(text));
 }
 
+/// Writes what is good to know to standard error.
+fn eprint_note(text: &str) {
+    eprint_rendered(&error::note(text));
+}
+
 /// Whether there is such a command.
 fn is_command(name: &str) -> bool {
     Cli::command().find_subcommand(name).is_some()
@@ -320,25 +327,4 @@ fn read_text(path: &Path, longest: u64) -> std::io::Result<String> {
 )]
 fn variable(name: &str) -> Option<String> {
     std::env::var(name).ok()
-}
-
-/// Columns of equal width, two spaces between them, nothing behind the last.
-fn table(rows: &[Vec<String>]) -> String {
-    let columns = rows.iter().map(Vec::len).max().unwrap_or(0);
-    let width = |column: usize| {
-        let cells = rows.iter().filter_map(|row| row.get(column));
-        cells.map(|cell| cell.chars().count()).max().unwrap_or(0)
-    };
-    let widths: Vec<usize> = (0..columns).map(width).collect();
-    let mut text = String::new();
-    for row in rows {
-        let cells: Vec<String> = row
-            .iter()
-            .zip(&widths)
-            .map(|(cell, width)| format!("{cell:width$}"))
-            .collect();
-        text.push_str(cells.join("  ").trim_end());
-        text.push('\n');
-    }
-    text
 }

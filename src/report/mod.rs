@@ -33,7 +33,7 @@ pub use screen::above;
 pub use terminal::Terminal;
 pub(crate) use text::has_the_store;
 pub use text::{ago, bytes, count, duration, harmless, harmless_json, steers, thousands};
-pub use width::wrap;
+pub use width::{width, wrap};
 
 /// Hears of events.
 pub trait Reporter {

@@ -53,7 +53,7 @@ fn every_message_is_as_it_was_read() {
 #[test]
 fn messages_fit_every_width() {
     let (mut project, names) = messages();
-    for columns in [50, 80, 200] {
+    for columns in [20, 40, 50, 80, 200] {
         project.variable("COLUMNS", &columns.to_string());
         for name in &names {
             let told = project.run(&["validate", &format!("{name}.yaml")]).stderr;

@@ -18,7 +18,7 @@ use self::lineage::Lineage;
 use super::run::stop_waiting_on_interrupt;
 use crate::cli::args::{ReadingArgs, RecipeArgs, StoreArgs};
 use crate::cli::project::{Project, run_env};
-use crate::cli::{Failure, eprint, eprint_warning, error, print, print_json};
+use crate::cli::{Failure, eprint, eprint_note, eprint_warning, error, print, print_json};
 use crate::engine::{Manifest, RunEnv, State};
 use crate::hub::{Contents, Hub, HubSettings, NewFile, Publication, Pushed, RepoKind, Watch};
 use crate::recipe::{PUBLISHED, Publish};
@@ -106,7 +106,7 @@ impl Watch for Interruptible {
     }
 
     fn tell(&self, text: &str) {
-        eprint(&format!("note: {text}\n"));
+        eprint_note(text);
     }
 }
 
@@ -379,8 +379,8 @@ fn publish(
     let is_theirs = there.as_deref().is_some_and(|text| !is_ours(text));
     if is_theirs && !args.overwrite_card {
         files.retain(|file| file.path != README);
-        eprint(&format!(
-            "note: the `{README}` of `{}` was written or changed by people and stays; `--overwrite-card` replaces it\n",
+        eprint_note(&format!(
+            "the `{README}` of `{}` was written or changed by people and stays; `--overwrite-card` replaces it",
             publish.repo
         ));
     } else if !own_card {

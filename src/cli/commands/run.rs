@@ -10,15 +10,15 @@ use std::time::Instant;
 use anyhow::Context as _;
 
 use crate::cli::args::{RecipeArgs, StoreArgs};
-use crate::cli::console::{look_of_errors, verbosity};
+use crate::cli::console::{Output, look_of_errors, verbosity};
 use crate::cli::leaving::{self, on_interrupt};
 use crate::cli::on_finish::{Finished, OnFinish};
 use crate::cli::project::Project;
 use crate::cli::remote::RemoteArgs;
 use crate::cli::tracking::tracking;
 use crate::cli::{
-    Failure, eprint, eprint_rendered, eprint_warning, error, includes, is_command, lock_file,
-    machine,
+    Failure, eprint, eprint_note, eprint_rendered, eprint_warning, error, includes, is_command,
+    lock_file, machine,
 };
 use crate::engine::{
     Bytes, DeviceChoice, Event, Machine, Options, PublishOptions, Published, RunLabel, Summary,
@@ -126,7 +126,7 @@ pub(in crate::cli) fn run(args: &Args) -> Result<(), Failure> {
     leaving::stop_on_signal(&cancel, !says_it, project.jobs(), args.leave_jobs)?;
     let (events, received) = channel();
     let mut reporter: Box<dyn Reporter + Send> = if args.json {
-        Box::new(JsonLines::new(std::io::stdout()))
+        Box::new(JsonLines::new(Output))
     } else {
         let names = project.recipe_names(&args.recipe);
         Box::new(Terminal::new(names, look, std::io::stderr()))
@@ -327,7 +327,7 @@ pub(in crate::cli) fn check_lock(project: &Project, locked: bool) -> Result<(), 
         let hint = format!("`pipeline lock --update {shown}` pins those at hand");
         return Err(Failure::Usage(error::with_hint(&message, &hint)));
     }
-    eprint(&format!("note: {message}\n"));
+    eprint_note(&message);
     Ok(())
 }
 

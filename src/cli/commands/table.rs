@@ -14,7 +14,7 @@ use crate::cli::gather::results::{Row, compared, results};
 use crate::cli::gather::runs::{is_watched, watched};
 use crate::cli::gather::{number, plain};
 use crate::cli::project::Project;
-use crate::cli::{Failure, error, print, print_json, table};
+use crate::cli::{Failure, error, print, print_json, table_or_lists};
 use condition::{Condition, column};
 
 #[derive(clap::Args)]
@@ -115,7 +115,7 @@ pub(in crate::cli) fn run(args: &Args) -> Result<(), Failure> {
     } else if args.markdown {
         print(&markdown(&cells));
     } else {
-        print(&table(&cells));
+        print(&table_or_lists(&cells));
     }
     Ok(())
 }
