@@ -175,13 +175,18 @@ fn completed(mut command: Command) -> Command {
     for name in names {
         command = command.mut_subcommand(name, completed);
     }
-    command.mut_args(|argument| match argument.get_id().as_str() {
-        "recipe" | "recipes" => argument.add(ArgValueCompleter::new(recipes_and_stages)),
-        "stage" | "stages" | "force" | "downstream" | "targets" => {
-            argument.add(ArgValueCandidates::new(stages))
+    command.mut_args(|argument| {
+        // `-1` is a wrong number and not an option that nobody knows.
+        let takes_values = argument.get_action().takes_values();
+        let argument = argument.allow_negative_numbers(takes_values);
+        match argument.get_id().as_str() {
+            "recipe" | "recipes" => argument.add(ArgValueCompleter::new(recipes_and_stages)),
+            "stage" | "stages" | "force" | "downstream" | "targets" => {
+                argument.add(ArgValueCandidates::new(stages))
+            }
+            "kind" => argument.add(ArgValueCandidates::new(kinds)),
+            _ => argument,
         }
-        "kind" => argument.add(ArgValueCandidates::new(kinds)),
-        _ => argument,
     })
 }
 

@@ -522,7 +522,7 @@ impl<W: Write> Terminal<W> {
     /// What has several lines goes on indented, so that no text from elsewhere looks like another event.
     fn add_line(&mut self, style: Style, label: &str, text: &str, more: &str) {
         self.table.interrupt();
-        let text = harmless(text).into_owned();
+        let text = harmless(text).replace("; hint: ", "\nhint: ");
         let text = if more.is_empty() {
             text.trim_end()
         } else {
@@ -530,11 +530,12 @@ impl<W: Write> Terminal<W> {
         };
         let columns = self
             .room()
-            .map_or(usize::MAX, |columns| columns.saturating_sub(INDENT).max(20));
+            .map_or(usize::MAX, |columns| columns.saturating_sub(INDENT).max(8));
         let lines = text.split('\n').flat_map(|line| wrap(line, columns));
         for (index, line) in lines.enumerate() {
             let label = if index == 0 { label } else { "" };
-            let more = if index == 0 && !more.is_empty() {
+            let fits = index == 0 && width(&line) + width(more) <= columns;
+            let more = if fits && !more.is_empty() {
                 paint(DIM, more)
             } else {
                 String::new()

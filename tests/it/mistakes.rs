@@ -75,7 +75,13 @@ fn mistakes_on_the_command_line() {
             && told.contains("`pipeline init --data recipes/data/pairs.jsonl`"),
         "{told}"
     );
-    assert!(wrong(&project, &["run", quickstart, "--jobs", "0"]).contains("--jobs"));
+    for number in ["0", "-1"] {
+        let told = wrong(&project, &["run", quickstart, "--jobs", number]);
+        assert!(
+            told.contains(&format!("invalid value '{number}' for '--jobs <N>'")),
+            "{told}"
+        );
+    }
 }
 
 #[test]

@@ -60,7 +60,7 @@ pub(in crate::cli) fn run(args: &Args) -> Result<(), Failure> {
         .map(|garbage| {
             let name = garbage
                 .path
-                .file_name()
+                .file_stem()
                 .unwrap_or_default()
                 .to_string_lossy();
             let name = name.chars().take(10).collect();
