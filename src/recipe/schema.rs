@@ -167,6 +167,7 @@ fn recipe(defaults: &Value, definitions: &Value) -> Value {
 fn var() -> Value {
     json!({
         "description": "A value, or a declaration: a map with a `type`.",
+        "type": ["object", "array", "string", "number", "boolean", "null"],
         "properties": {
             "type": { "description": "What the var is: `string`, `number`, `integer`, `boolean`, `list` or `map`.", "examples": ["number"] },
             "default": { "description": "Its value where nobody gives another one. Without a default it has to be given by `--set`." },

@@ -43,9 +43,10 @@ fn generated_files_are_current() {
     }
 }
 
-/// ajv's strict mode, by which editors and checkers read schemas, wants a property that is required beside it.
+/// ajv's strict mode, by which editors and checkers read schemas, wants a property that is required to be defined in the same place, and a
+/// type where properties are.
 #[test]
-fn what_a_schema_requires_it_defines_beside() {
+fn strict_readers_take_the_schemas() {
     fn walk(schema: &Value, at: &str, wrong: &mut Vec<String>) {
         let children: Vec<(String, &Value)> = match schema {
             Value::Object(map) => {
@@ -53,6 +54,10 @@ fn what_a_schema_requires_it_defines_beside() {
                 let names = required.into_iter().flatten().filter_map(Value::as_str);
                 let lacking = names.filter(|name| schema["properties"].get(name).is_none());
                 wrong.extend(lacking.map(|name| format!("{at}: {name}")));
+                let is_value = at.ends_with("/additionalProperties") || at.ends_with("/items");
+                if is_value && map.contains_key("properties") && !map.contains_key("type") {
+                    wrong.push(format!("{at}: no type"));
+                }
                 let schemas = map.iter().filter(|(key, _)| {
                     !["examples", "default", "const", "enum"].contains(&key.as_str())
                 });
