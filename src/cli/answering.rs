@@ -8,7 +8,7 @@ use anyhow::Context as _;
 use chrono::NaiveDate;
 
 use super::target::Target;
-use super::{Failure, eprint};
+use super::{Failure, eprint, eprint_note};
 use crate::inference::{Folders, Loaded, Options};
 use crate::ml::generation_config::GenerationConfig;
 use crate::ml::sampling::Sampling;
@@ -122,7 +122,7 @@ impl AnswerArgs {
         compare: bool,
     ) -> Result<(Loaded, Option<Loaded>), Failure> {
         if let Some(note) = &target.note {
-            eprint(&format!("note: {note}\n"));
+            eprint_note(note);
         }
         let tuned = self.load(&target.tuned)?;
         let left_out = &tuned.generation().left_out;

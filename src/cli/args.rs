@@ -1,6 +1,6 @@
 //! The arguments that several commands share.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use clap::Args;
 
@@ -11,12 +11,19 @@ use crate::recipe::{Override, PROFILE};
 pub(super) struct RecipeArgs {
     /// The recipe, a YAML file
     pub(super) recipe: PathBuf,
+    #[command(flatten)]
+    pub(super) reading: ReadingArgs,
+}
+
+/// How recipes are read, for every command that reads one or several.
+#[derive(Clone, Default, Args)]
+pub(super) struct ReadingArgs {
     /// Sets a value of the recipe, such as `stages.tuned.train_orpo.beta=0.2` or `vars.seed=1`; may be repeated
     #[arg(long = "set", value_name = "PATH=VALUE", value_parser = assignment)]
-    pub(super) set: Vec<Override>,
+    set: Vec<Override>,
     /// Uses a profile of the recipe, before `--set`; the same as `--set profile=NAME`; may be repeated
     #[arg(long, value_name = "NAME", value_parser = profile)]
-    pub(super) profile: Vec<Override>,
+    profile: Vec<Override>,
     /// Allows the recipe to read files in this folder outside its project, also through links; may be repeated
     #[arg(long, value_name = "DIR")]
     pub(super) allow_path: Vec<PathBuf>,
@@ -37,9 +44,18 @@ pub(super) struct StoreArgs {
 }
 
 impl RecipeArgs {
+    /// A recipe, read as `reading` says.
+    pub(super) fn of(recipe: &Path, reading: &ReadingArgs) -> Self {
+        Self {
+            recipe: recipe.to_owned(),
+            reading: reading.clone(),
+        }
+    }
+
     /// Everything that the command line changes in the recipe, in its order.
     pub(super) fn changes(&self) -> Vec<Override> {
-        self.profile.iter().chain(&self.set).cloned().collect()
+        let ReadingArgs { profile, set, .. } = &self.reading;
+        profile.iter().chain(set).cloned().collect()
     }
 }
 
@@ -51,7 +67,7 @@ fn profile(name: &str) -> Result<Override, String> {
     })
 }
 
-pub(super) fn assignment(text: &str) -> Result<Override, String> {
+fn assignment(text: &str) -> Result<Override, String> {
     let (path, value) = text
         .split_once('=')
         .ok_or("expected PATH=VALUE, such as `vars.seed=1`")?;

@@ -84,7 +84,7 @@ pub(super) fn start(recipe: &Recipe, file: &SourceFile, here: &Path) -> PathBuf 
 /// What recipes may read besides their projects.
 pub(super) fn besides(args: &RecipeArgs, here: &Path) -> Vec<PathBuf> {
     let variable = variable(VARIABLE).unwrap_or_default();
-    let besides = args.allow_path.iter().cloned();
+    let besides = args.reading.allow_path.iter().cloned();
     besides
         .chain(std::env::split_paths(&variable).filter(|path| !path.as_os_str().is_empty()))
         .map(|path| normal(&here.join(path)))

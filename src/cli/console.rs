@@ -106,9 +106,33 @@ pub(super) fn to_output(text: &str, styled: bool) {
         let mut out = std::io::stdout().lock();
         out.write_all(text.as_bytes()).and_then(|()| out.flush())
     };
-    if let Err(error) = result
-        && error.kind() != ErrorKind::BrokenPipe
-    {
+    if let Err(error) = result {
+        remember(error);
+    }
+}
+
+/// Standard output for whoever writes to it by themselves; what goes wrong is handled as by [`to_output`].
+pub(super) struct Output;
+
+impl Write for Output {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        if let Err(error) = std::io::stdout().lock().write_all(bytes) {
+            remember(error);
+        }
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        if let Err(error) = std::io::stdout().lock().flush() {
+            remember(error);
+        }
+        Ok(())
+    }
+}
+
+/// Keeps why standard output could not be written, for the end of the command.
+fn remember(error: std::io::Error) {
+    if error.kind() != ErrorKind::BrokenPipe {
         *UNWRITTEN.lock().unwrap_or_else(PoisonError::into_inner) = Some(error);
     }
 }

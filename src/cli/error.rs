@@ -36,12 +36,39 @@ fn render_at(errors: &RecipeErrors, columns: Option<usize>) -> String {
 
 /// A mistake outside recipes.
 pub(super) fn plain(message: &str) -> String {
-    sentence(&paint(ERROR, "error:"), message, columns())
+    told(&paint(ERROR, "error:"), message)
+}
+
+/// A sentence with the hint of a stage, if it has one, on a line of its own.
+fn told(word: &str, message: &str) -> String {
+    let (message, hint) = without_hint(message);
+    let mut text = sentence(word, &message, columns());
+    if let Some(hint) = hint {
+        text += &hint_line(&hint, columns());
+    }
+    text
+}
+
+/// A message of a stage, and the hint that stands at the end of its first line.
+fn without_hint(message: &str) -> (String, Option<String>) {
+    let (first, rest) = match message.find('\n') {
+        Some(end) => message.split_at(end),
+        None => (message, ""),
+    };
+    match first.split_once("; hint: ") {
+        Some((first, hint)) => (format!("{first}{rest}"), Some(hint.to_owned())),
+        None => (message.to_owned(), None),
+    }
 }
 
 /// What people should know of, and which stops nothing.
 pub(super) fn warning(message: &str) -> String {
-    sentence(&paint(WARNING, "warning:"), message, columns())
+    told(&paint(WARNING, "warning:"), message)
+}
+
+/// What is good to know.
+pub(super) fn note(message: &str) -> String {
+    sentence("note:", message, columns())
 }
 
 /// The same as [`plain`] with what to do.
@@ -65,7 +92,7 @@ fn sentence(word: &str, text: &str, columns: Option<usize>) -> String {
     let Some(columns) = columns else {
         return text + "\n";
     };
-    let columns = columns.max(2 * NARROWEST);
+    let columns = columns.max(NARROWEST);
     let mut lines = text.lines().map(|line| match line.strip_prefix("  ") {
         None => wrapped(line, columns, "", "  "),
         Some(row) => table_row(row, columns),

@@ -129,8 +129,8 @@ fn examples(lines: &[&str]) -> String {
     format!("{}\n  {}", paint(BOLD, "Examples:"), lines.join("\n  "))
 }
 
-/// The names of the commands of each group, and those of none.
-fn grouped(command: &Command) -> Vec<(&'static str, Vec<&Command>)> {
+/// The commands of each group, and those of none.
+pub(super) fn grouped(command: &Command) -> Vec<(&'static str, Vec<&Command>)> {
     let shown = || command.get_subcommands().filter(|sub| !sub.is_hide_set());
     let mut groups: Vec<(&str, Vec<&Command>)> = GROUPS
         .iter()
@@ -157,7 +157,7 @@ fn template(command: &Command) -> String {
             _ = writeln!(text, "  {:12} {about}", sub.get_name());
         }
     }
-    text.push_str("\n`pipeline help COMMAND` tells more of a command. Where RECIPE is left out, it is `pipeline.yaml`.\n");
+    text.push_str("\n`pipeline help COMMAND` says more about a command. Where RECIPE is left out, it is `pipeline.yaml`.\n");
     _ = write!(
         text,
         "\n{}\n{{options}}{{after-help}}",
@@ -175,13 +175,18 @@ fn completed(mut command: Command) -> Command {
     for name in names {
         command = command.mut_subcommand(name, completed);
     }
-    command.mut_args(|argument| match argument.get_id().as_str() {
-        "recipe" | "recipes" => argument.add(ArgValueCompleter::new(recipes_and_stages)),
-        "stage" | "stages" | "force" | "downstream" | "targets" => {
-            argument.add(ArgValueCandidates::new(stages))
+    command.mut_args(|argument| {
+        // `-1` is a wrong number and not an option that nobody knows.
+        let takes_values = argument.get_action().takes_values();
+        let argument = argument.allow_negative_numbers(takes_values);
+        match argument.get_id().as_str() {
+            "recipe" | "recipes" => argument.add(ArgValueCompleter::new(recipes_and_stages)),
+            "stage" | "stages" | "force" | "downstream" | "targets" => {
+                argument.add(ArgValueCandidates::new(stages))
+            }
+            "kind" => argument.add(ArgValueCandidates::new(kinds)),
+            _ => argument,
         }
-        "kind" => argument.add(ArgValueCandidates::new(kinds)),
-        _ => argument,
     })
 }
 

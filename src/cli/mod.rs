@@ -21,6 +21,7 @@ mod on_finish;
 mod project;
 mod remote;
 mod serve;
+mod tables;
 mod target;
 mod tracking;
 mod trust;
@@ -35,12 +36,13 @@ use serde::Serialize;
 use crate::report::style::{BOLD, paint};
 use crate::report::{harmless, harmless_json, steers};
 pub use commands::reference::reference;
+use tables::{paragraphs, table, table_or_lists};
 
-/// Runs LLM fine-tuning recipes: a cached graph of stages, of which only what is stale is executed.
+/// Runs recipes for fine-tuning language models: every stage is cached, and only what is out of date runs.
 #[derive(Parser)]
 #[command(name = "pipeline", version, propagate_version = true)]
 #[command(
-    after_help = "Exit codes: 0 all went well, 1 a stage failed or something can't be told, 2 the recipe or the command line is wrong (of \
+    after_help = "Exit codes: 0 all went well, 1 a stage failed or the answer is not known, 2 the recipe or the command line is wrong (of \
                   `plan --exit-code`: there is something to do), 130 interrupted."
 )]
 struct Cli {
@@ -54,7 +56,7 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Command {
-    /// Runs stale stages and publishes outputs
+    /// Runs what is out of date and writes the outputs
     Run(commands::run::Args),
     /// Shows what `run` would do, one line per stage, without writing anything
     Plan(commands::plan::Args),
@@ -64,7 +66,7 @@ enum Command {
     Why(commands::why::Args),
     /// Pins the commits of branches and the contents of local files in a file beside the recipe
     Lock(commands::lock::Args),
-    /// Shows what a stage told in its last run
+    /// Shows what a stage said in its last run
     Log(commands::log::Args),
     /// Lists the runs of a recipe
     History(commands::history::Args),
@@ -72,7 +74,7 @@ enum Command {
     Diff(commands::diff::Args),
     /// Shows the first rows as a training will see them, and what is likely wrong with them
     Preview(commands::preview::Args),
-    /// Tells what trainings will take: parameters, steps, tokens, time and memory by part
+    /// Estimates what trainings will take: parameters, steps, tokens, time and memory by part
     Estimate(commands::estimate::Args),
     /// Shows runs with their parameters that differ and their metrics, and names them
     Runs(commands::runs::Args),
@@ -98,7 +100,7 @@ enum Command {
     Metrics(commands::metrics::Args),
     /// Removes results that nobody needs any more
     Gc(commands::gc::Args),
-    /// Manages the remote that machines share: send, fetch, list, clean and check results
+    /// Manages the cache that machines share: sends, fetches, lists, cleans and checks results
     Cache(commands::cache::Args),
     /// Allows the program that a project's settings name in `on_finish` to run on this machine
     Trust(commands::trust::Args),
@@ -116,7 +118,7 @@ enum Command {
     Login(commands::login::Login),
     /// Forgets the tokens for the hub
     Logout(commands::login::Logout),
-    /// Tells who the token for the hub belongs to
+    /// Shows whose the token for the hub is
     Whoami(commands::login::Whoami),
     /// Prints what makes a shell complete commands, recipes and stages
     Completions(commands::completions::Args),
@@ -284,6 +286,11 @@ fn eprint_warning(text: &str) {
     eprint_rendered(&error::warning(text));
 }
 
+/// Writes what is good to know to standard error.
+fn eprint_note(text: &str) {
+    eprint_rendered(&error::note(text));
+}
+
 /// Whether there is such a command.
 fn is_command(name: &str) -> bool {
     Cli::command().find_subcommand(name).is_some()
@@ -320,25 +327,4 @@ fn read_text(path: &Path, longest: u64) -> std::io::Result<String> {
 )]
 fn variable(name: &str) -> Option<String> {
     std::env::var(name).ok()
-}
-
-/// Columns of equal width, two spaces between them, nothing behind the last.
-fn table(rows: &[Vec<String>]) -> String {
-    let columns = rows.iter().map(Vec::len).max().unwrap_or(0);
-    let width = |column: usize| {
-        let cells = rows.iter().filter_map(|row| row.get(column));
-        cells.map(|cell| cell.chars().count()).max().unwrap_or(0)
-    };
-    let widths: Vec<usize> = (0..columns).map(width).collect();
-    let mut text = String::new();
-    for row in rows {
-        let cells: Vec<String> = row
-            .iter()
-            .zip(&widths)
-            .map(|(cell, width)| format!("{cell:width$}"))
-            .collect();
-        text.push_str(cells.join("  ").trim_end());
-        text.push('\n');
-    }
-    text
 }

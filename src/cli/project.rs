@@ -18,7 +18,7 @@ use crate::engine::{
     RunLabel, Session, State, Store, canonical_json,
 };
 use crate::recipe::{Recipe, RecipeErrors, RecipeStage, Var};
-use crate::report::{Places, quoted};
+use crate::report::{RecipeNames, quoted};
 use crate::stages::KINDS;
 use crate::stages::foresight::{self, Planned};
 
@@ -33,19 +33,19 @@ pub(super) fn load(args: &RecipeArgs) -> Result<Recipe, Failure> {
 pub(super) fn load_vars(args: &RecipeArgs, offline: bool) -> Result<Vec<Var>, Failure> {
     let (here, env) = (here()?, run_env(offline));
     let pins = lock_file::read(&args.recipe)?.unwrap_or_default().1;
-    let place = Place::of(args, &here);
-    let finder = place.finder(&env, pins);
+    let location = RecipeLocation::of(args, &here);
+    let finder = location.finder(&env, pins);
     crate::recipe::load_vars(&args.recipe, &args.changes(), KINDS, &finder)
         .map_err(|errors| Failure::Usage(error::render(&errors)))
 }
 
 /// Where a recipe is, and what the recipes that it includes may lie in.
-struct Place {
+struct RecipeLocation {
     folder: PathBuf,
     allowed: Vec<PathBuf>,
 }
 
-impl Place {
+impl RecipeLocation {
     fn of(args: &RecipeArgs, here: &Path) -> Self {
         let file = normal(&here.join(&args.recipe));
         let folder = file.parent().unwrap_or(here).to_owned();
@@ -75,8 +75,8 @@ fn load_with(
     pins: IncludePins,
 ) -> Result<Loaded, Failure> {
     let here = here()?;
-    let place = Place::of(args, &here);
-    let finder = place.finder(env, pins);
+    let location = RecipeLocation::of(args, &here);
+    let finder = location.finder(env, pins);
     crate::recipe::load_with(&args.recipe, &args.changes(), KINDS, &finder)
         .and_then(|recipe| {
             let bounds = Bounds::new(&recipe, args, &here, store);
@@ -386,7 +386,7 @@ impl Project {
     }
 
     /// How a command names the recipe, and where each stage stands in it, for messages.
-    pub(super) fn places(&self, args: &RecipeArgs) -> Places {
+    pub(super) fn recipe_names(&self, args: &RecipeArgs) -> RecipeNames {
         let path = self.recipe.path.display();
         let span = |stage: &RecipeStage| self.recipe.place(stage.span);
         let stages = self.recipe.stages.iter();
@@ -395,7 +395,7 @@ impl Project {
             let assignment = format!("{}={}", set.path, set.value);
             format!(" --set {}", quoted(&assignment))
         });
-        Places {
+        RecipeNames {
             recipe: quoted(&path.to_string()),
             set: set.collect(),
             stages: stages

@@ -4,12 +4,11 @@ use std::path::{Path, PathBuf};
 
 use serde_json::Value;
 
-use super::args::{RecipeArgs, StoreArgs, assignment};
+use super::args::{ReadingArgs, RecipeArgs, StoreArgs};
 use super::project::Project;
 use super::{Failure, error, read_text};
 use crate::engine::State;
 use crate::inference::Folders;
-use crate::recipe::Override;
 
 /// The longest `adapter_config.json`.
 const LONGEST_CONFIG: u64 = 1 << 20;
@@ -28,12 +27,8 @@ pub(super) struct TargetArgs {
     /// The folder of the model that an adapter belongs to, or that `--compare` compares with [default: what the recipe says]
     #[arg(long, value_name = "DIR")]
     base: Option<PathBuf>,
-    /// Sets a value of the recipe, such as `vars.seed=1`; may be repeated
-    #[arg(long = "set", value_name = "PATH=VALUE", value_parser = assignment)]
-    set: Vec<Override>,
-    /// Allows the recipe to read files in this folder outside its project, also through links; may be repeated
-    #[arg(long, value_name = "DIR")]
-    allow_path: Vec<PathBuf>,
+    #[command(flatten)]
+    reading: ReadingArgs,
     #[command(flatten)]
     store: StoreArgs,
 }
@@ -63,12 +58,7 @@ impl TargetArgs {
             }
             return self.folder();
         }
-        let recipe = RecipeArgs {
-            profile: Vec::new(),
-            recipe: self.target.clone(),
-            set: self.set.clone(),
-            allow_path: self.allow_path.clone(),
-        };
+        let recipe = RecipeArgs::of(&self.target, &self.reading);
         let project = Project::open(&recipe, &self.store)?;
         let mut target = of_stage(&project, self.stage.as_deref())?;
         if let Some(base) = &self.base {

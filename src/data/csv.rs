@@ -255,10 +255,10 @@ fn named(file: &str, header: &StringRecord, delimiter: u8) -> Result<SchemaRef> 
         }
     }
     let mut names: Vec<String> = Vec::with_capacity(header.len());
-    for (place, name) in header.iter().enumerate() {
+    for (index, name) in header.iter().enumerate() {
         // This is pandas' name of a column without a name, such as that of its row numbers.
         let name = match name {
-            "" => format!("Unnamed: {place}"),
+            "" => format!("Unnamed: {index}"),
             name => name.to_owned(),
         };
         ensure!(

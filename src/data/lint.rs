@@ -100,15 +100,15 @@ pub struct Lints {
 
 /// Where a row is: its number in its split, from 1.
 #[derive(Debug, Clone, Copy)]
-pub struct Place<'a> {
+pub struct RowLocation<'a> {
     /// The number.
     pub row: usize,
     /// The split.
     pub split: &'a str,
 }
 
-impl Place<'_> {
-    /// The place in words; `more` says what is there.
+impl RowLocation<'_> {
+    /// The location in words; `more` says what is there.
     fn told(self, more: Option<&str>) -> String {
         let Self { row, split } = self;
         match more {
@@ -120,30 +120,36 @@ impl Place<'_> {
 
 impl Lints {
     /// Notes a row with a lint; `more` says what it has, if there is something to say.
-    pub fn add(&mut self, lint: Lint, place: Place<'_>, more: Option<&str>) {
-        self.add_weighted(lint, 1, place, more);
+    pub fn add(&mut self, lint: Lint, location: RowLocation<'_>, more: Option<&str>) {
+        self.add_weighted(lint, 1, location, more);
     }
 
     /// The same for a row that stands for so many.
-    fn add_weighted(&mut self, lint: Lint, weight: u64, place: Place<'_>, more: Option<&str>) {
+    fn add_weighted(
+        &mut self,
+        lint: Lint,
+        weight: u64,
+        location: RowLocation<'_>,
+        more: Option<&str>,
+    ) {
         let found = self.found.entry(lint).or_default();
         found.rows += weight;
         if found.first.len() < NAMED {
-            found.first.push(place.told(more));
+            found.first.push(location.told(more));
         }
     }
 
     /// Notes a row's prompt. Splits come one after the other.
-    pub fn add_prompt(&mut self, prompt: &str, place: Place<'_>) {
+    pub fn add_prompt(&mut self, prompt: &str, location: RowLocation<'_>) {
         let weight = 1 << self.prompts.halvings;
-        let (lint, more) = match self.prompts.add(prompt, place) {
+        let (lint, more) = match self.prompts.add(prompt, location) {
             Some(Before::SameSplit(row)) => (Lint::DuplicatePrompts, format!("as row {row}")),
             Some(Before::OtherSplit(row, split)) => {
                 (Lint::LeakedPrompts, format!("as row {row} of `{split}`"))
             }
             None => return,
         };
-        self.add_weighted(lint, weight, place, Some(&more));
+        self.add_weighted(lint, weight, location, Some(&more));
     }
 
     /// Notes the lengths of a preference's answers, in tokens.
@@ -231,19 +237,19 @@ enum Before<'a> {
 }
 
 impl Prompts {
-    fn add(&mut self, prompt: &str, place: Place<'_>) -> Option<Before<'_>> {
+    fn add(&mut self, prompt: &str, location: RowLocation<'_>) -> Option<Before<'_>> {
         let mut hasher = DefaultHasher::new();
         prompt.hash(&mut hasher);
         let hash = hasher.finish();
         if !self.keeps(hash) {
             return None;
         }
-        if self.splits.last().is_none_or(|last| last != place.split) {
-            self.splits.push(place.split.to_owned());
+        if self.splits.last().is_none_or(|last| last != location.split) {
+            self.splits.push(location.split.to_owned());
         }
         let split = self.splits.len() as u32;
         let Some(first) = self.seen.get_mut(&hash) else {
-            let row = u32::try_from(place.row).unwrap_or(u32::MAX);
+            let row = u32::try_from(location.row).unwrap_or(u32::MAX);
             let told = split;
             self.seen.insert(hash, First { split, row, told });
             if self.seen.len() > MOST {
@@ -279,18 +285,18 @@ fn keeps(hash: u64, halvings: u32) -> bool {
 mod tests {
     use super::*;
 
-    fn place(row: usize, split: &str) -> Place<'_> {
-        Place { row, split }
+    fn location(row: usize, split: &str) -> RowLocation<'_> {
+        RowLocation { row, split }
     }
 
     #[test]
     fn prompts_that_come_again_are_told_apart_by_their_splits() {
         let mut lints = Lints::default();
         for (row, prompt) in [(1, "a"), (2, "b"), (3, "a")] {
-            lints.add_prompt(prompt, place(row, "test"));
+            lints.add_prompt(prompt, location(row, "test"));
         }
         for (row, prompt) in [(1, "c"), (2, "b"), (3, "b"), (4, "c")] {
-            lints.add_prompt(prompt, place(row, "train"));
+            lints.add_prompt(prompt, location(row, "train"));
         }
         let found = lints.found();
         let duplicates = &found[&Lint::DuplicatePrompts];
@@ -314,12 +320,12 @@ mod tests {
         let mut lints = Lints::default();
         // Every prompt twice, one right behind the other.
         for row in 0..4000 {
-            lints.add_prompt(&format!("prompt {}", row / 2), place(row + 1, "train"));
+            lints.add_prompt(&format!("prompt {}", row / 2), location(row + 1, "train"));
             assert!(lints.prompts.seen.len() <= MOST);
         }
         assert!(lints.counts_are_estimates());
         let mut whole = Lints::default();
-        whole.add_prompt("x", place(1, "train"));
+        whole.add_prompt("x", location(1, "train"));
         assert!(!whole.counts_are_estimates());
         let rows = lints.found()[&Lint::DuplicatePrompts].rows;
         assert!(

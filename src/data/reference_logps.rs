@@ -35,7 +35,7 @@ fn others(schema: &Schema) -> impl Iterator<Item = (usize, &FieldRef)> {
     fields.filter(|(_, field)| ![CHOSEN, REJECTED].contains(&field.name().as_str()))
 }
 
-/// The columns of a tokens file with log-probabilities, which stand in the place of those that it may have.
+/// The columns of a tokens file with log-probabilities, which stand in place of those that it may have.
 pub fn schema(tokens: &Schema) -> SchemaRef {
     let mut fields: Vec<FieldRef> = others(tokens).map(|(_, field)| Arc::clone(field)).collect();
     let mut names = vec![CHOSEN];

@@ -75,8 +75,8 @@ pub struct Sequence {
 impl Sequence {
     /// The ids with the prompt replaced by [`IGNORED`].
     pub fn labels(&self) -> Vec<i64> {
-        let label = |(place, id): (usize, &u32)| {
-            if place < self.prompt_length {
+        let label = |(index, id): (usize, &u32)| {
+            if index < self.prompt_length {
                 IGNORED
             } else {
                 i64::from(*id)

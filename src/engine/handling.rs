@@ -34,7 +34,7 @@ pub struct Handling {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(extend("examples" = ["cluster"]))]
     pub executor: Option<String>,
-    /// Whether the last result is taken whatever changed since. What changed is told in plans, runs and reports; the stage never runs, and
+    /// Whether the last result is taken whatever changed since. Plans, runs and reports show what changed; the stage never runs, and
     /// it is an error if the result is not there or was altered.
     #[serde(default)]
     pub frozen: bool,

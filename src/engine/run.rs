@@ -30,13 +30,13 @@ enum Lookup {
     Failed,
 }
 
-/// Where a stage runs.
+/// What a running stage takes.
 #[derive(Clone)]
-enum Place {
+enum Allocation {
     /// On this machine, with these devices.
-    Here(Vec<usize>),
+    ThisMachine(Vec<usize>),
     /// On a cluster: it takes nothing of this machine.
-    Elsewhere,
+    Cluster,
 }
 
 /// What a worker sends back: the stage's index and what became of it.
@@ -159,7 +159,7 @@ struct Runner<'a, 'b> {
     free: Free,
     done: Sender<Done>,
     /// Where each running stage runs.
-    running: BTreeMap<usize, Place>,
+    running: BTreeMap<usize, Allocation>,
     /// When the run began, in seconds since 1970 and by the clock that only goes forward.
     started: (u64, Instant),
     fingerprints: Vec<Option<Digest>>,
@@ -197,7 +197,7 @@ impl<'a> Runner<'a, '_> {
         for (position, &index) in graph.order.iter().enumerate() {
             rank[index] = position;
         }
-        // Ready stages by their place in the graph's order; stale ones wait in `stale` for a free place.
+        // Ready stages by their rank in the graph's order; stale ones wait in `stale` for what they need.
         let mut ready: BTreeMap<usize, usize> = graph
             .order
             .iter()
@@ -235,7 +235,7 @@ impl<'a> Runner<'a, '_> {
             let Ok((index, result)) = results.recv() else {
                 break;
             };
-            if let Some(Place::Here(gpus)) = self.running.remove(&index) {
+            if let Some(Allocation::ThisMachine(gpus)) = self.running.remove(&index) {
                 let handling = &graph.nodes[index].handling;
                 self.free.give(&handling.resources, &gpus);
             }
@@ -458,8 +458,8 @@ impl<'a> Runner<'a, '_> {
         Lookup::Fresh(artifact)
     }
 
-    /// Finds a place for a stage and takes what it needs there; `None` if there is no place now.
-    fn place(&mut self, index: usize) -> Option<Place> {
+    /// Takes what a stage needs where it is to run; `None` if that is not free now.
+    fn allocate(&mut self, index: usize) -> Option<Allocation> {
         let (nodes, executors) = (&self.session.graph.nodes, self.session.executors);
         let handling = &nodes[index].handling;
         if let Some(cluster) = executors.cluster(handling) {
@@ -467,11 +467,11 @@ impl<'a> Runner<'a, '_> {
                 .running
                 .keys()
                 .filter(|running| nodes[**running].handling.executor == handling.executor);
-            return (there.count() < cluster.most_jobs()).then_some(Place::Elsewhere);
+            return (there.count() < cluster.most_jobs()).then_some(Allocation::Cluster);
         }
-        let here = |(index, place): (&usize, &Place)| match place {
-            Place::Here(_) => Some(*index),
-            Place::Elsewhere => None,
+        let here = |(index, allocation): (&usize, &Allocation)| match allocation {
+            Allocation::ThisMachine(_) => Some(*index),
+            Allocation::Cluster => None,
         };
         let here: Vec<usize> = self.running.iter().filter_map(here).collect();
         let exclusive = |index: usize| nodes[index].stage.exclusive();
@@ -480,7 +480,9 @@ impl<'a> Runner<'a, '_> {
         {
             return None;
         }
-        self.free.take(&handling.resources).map(Place::Here)
+        self.free
+            .take(&handling.resources)
+            .map(Allocation::ThisMachine)
     }
 
     /// Starts stale stages while the number of stages and their resources allow it. Exclusive stages run one at a time.
@@ -497,16 +499,16 @@ impl<'a> Runner<'a, '_> {
             let Some(&(index, ..)) = stale.get(&rank) else {
                 continue;
             };
-            let Some(place) = self.place(index) else {
+            let Some(allocation) = self.allocate(index) else {
                 continue;
             };
             let Some((_, prepared, reasons)) = stale.remove(&rank) else {
                 continue;
             };
-            self.running.insert(index, place.clone());
-            let gpus = match place {
-                Place::Here(gpus) => gpus,
-                Place::Elsewhere => Vec::new(),
+            self.running.insert(index, allocation.clone());
+            let gpus = match allocation {
+                Allocation::ThisMachine(gpus) => gpus,
+                Allocation::Cluster => Vec::new(),
             };
             let worker = Worker {
                 session: self.session,

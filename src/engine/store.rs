@@ -339,7 +339,7 @@ impl Miss<'_> {
         remove(&self.store.root.join("partial").join(&self.fingerprint))
     }
 
-    /// Keeps what a failed stage wrote and told, for people to look at, in the place of an earlier failure. Returns the place.
+    /// Keeps what a failed stage wrote and told, for people to look at, in place of an earlier failure. Returns the place.
     pub fn keep_failure(&self, log: &[u8]) -> anyhow::Result<PathBuf> {
         let partial = self.store.root.join("partial").join(&self.fingerprint);
         let kept = self.store.failed(&self.fingerprint);

@@ -80,6 +80,8 @@ impl Worker<'_, '_> {
                 let interrupted = self.cancel.load(Ordering::Relaxed);
                 let error = if interrupted {
                     "interrupted".into()
+                } else if is_full(&error) {
+                    format!("{error:#}; `pipeline gc` removes results that no recipe needs")
                 } else {
                     format!("{error:#}")
                 };

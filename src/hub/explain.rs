@@ -44,7 +44,7 @@ impl Hub<'_> {
         let login = if self.settings.token_withheld {
             "unset `HF_HUB_DISABLE_IMPLICIT_TOKEN`, which keeps your token back"
         } else {
-            "set `HF_TOKEN` or log in with `hf auth login`"
+            "set `HF_TOKEN` or log in with `pipeline login`"
         };
         let (status, code, says, wait) = match failure {
             HttpError::Connection(reason) => {

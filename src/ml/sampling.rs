@@ -127,8 +127,8 @@ fn penalize(ids: &[u32], scores: &mut [f32], penalty: f32) {
 /// Leaves the `count` largest scores, and those that are equal to the least of them.
 fn keep_largest(count: usize, scores: &mut [f32]) {
     let mut sorted = scores.to_vec();
-    let place = sorted.len() - count;
-    let (_, least, _) = sorted.select_nth_unstable_by(place, f32::total_cmp);
+    let index = sorted.len() - count;
+    let (_, least, _) = sorted.select_nth_unstable_by(index, f32::total_cmp);
     let least = *least;
     let low = scores.iter_mut().filter(|score| **score < least);
     low.for_each(|score| *score = f32::NEG_INFINITY);
@@ -171,7 +171,7 @@ fn keep_relative(min_p: f32, scores: &mut [f32]) {
     }
 }
 
-/// The place of the first largest score.
+/// The index of the first largest score.
 fn largest_place(scores: &[f32]) -> Option<usize> {
     let most = scores.iter().copied().max_by(f32::total_cmp)?;
     scores.iter().position(|score| *score >= most)
@@ -229,23 +229,23 @@ impl Sampler {
         let mut scores = logits.to_vec();
         self.sampling
             .process(&[prompt, answer].concat(), &mut scores);
-        let place = if self.sampling.do_sample {
+        let index = if self.sampling.do_sample {
             self.draw(&scores)
         } else {
             largest_place(&scores)
         };
-        Ok(u32::try_from(place.unwrap_or(largest))?)
+        Ok(u32::try_from(index.unwrap_or(largest))?)
     }
 
-    /// A place, drawn with the softmax of the scores as probabilities.
+    /// An index, drawn with the softmax of the scores as probabilities.
     fn draw(&mut self, scores: &[f32]) -> Option<usize> {
         let weights = weights(scores);
         let total: f64 = weights.iter().sum();
         let mut left = self.unit() * total;
         let mut last = None;
-        for (place, weight) in weights.iter().enumerate() {
+        for (index, weight) in weights.iter().enumerate() {
             if *weight > 0. {
-                last = Some(place);
+                last = Some(index);
                 if left < *weight {
                     break;
                 }

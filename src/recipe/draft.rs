@@ -288,8 +288,8 @@ impl Draft {
             let span = self.source_map.first().unwrap_or(span);
             let message = format!("this is a config of {}, not a recipe", program.name());
             let hint = format!(
-                "`pipeline import {} {}` makes a recipe of it. Where its keys are in a recipe (`training` is train_sft, train_orpo or \
-                 train_dpo):{}",
+                "`pipeline import {} {}` makes a recipe of it. Where its keys are in a recipe (`training` is the kind \
+                 of the training, such as train_sft):{}",
                 program.argument(),
                 self.shown().display(),
                 foreign::table(program, map)

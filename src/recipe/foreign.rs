@@ -33,12 +33,19 @@ pub(super) enum Meaning {
     Lacks(&'static str),
 }
 
-/// Stands for `train_sft`, `train_orpo` or `train_dpo`.
+/// Stands for the kind of the training, such as `train_sft`.
 pub(super) const TRAINING: &str = "training";
 
 /// What there is instead of an upload at the end of a training.
 const PUBLISHES: &str =
     "`publish:` names a repository for a stage's result, and `pipeline publish` uploads it";
+
+/// Why programs that divide weights among processes have no counterpart.
+const SHARDED: &str = "weights are not divided among processes; `resources: { processes: n }` divides the rows of a step";
+/// What settings of several processes are not needed for.
+const PROCESSES: &str = "`resources: { processes: n }` beside the kind says all of it";
+/// What there is instead of Weights & Biases.
+const WANDB: &str = "wandb has no open server; `report_to: tensorboard` writes files that `wandb sync --sync-tensorboard` reads";
 
 type Table = &'static [(&'static str, Meaning)];
 
@@ -175,30 +182,12 @@ const COMMON: Table = &{
             "trust_remote_code",
             Needless("no code of a repository is ever run"),
         ),
-        (
-            "deepspeed",
-            Lacks("a training runs in one process on one machine"),
-        ),
-        (
-            "fsdp",
-            Lacks("a training runs in one process on one machine"),
-        ),
-        (
-            "fsdp_config",
-            Lacks("a training runs in one process on one machine"),
-        ),
-        (
-            "ddp_timeout",
-            Needless("a training runs in one process on one machine"),
-        ),
-        (
-            "ddp_find_unused_parameters",
-            Needless("a training runs in one process on one machine"),
-        ),
-        (
-            "local_rank",
-            Needless("a training runs in one process on one machine"),
-        ),
+        ("deepspeed", Lacks(SHARDED)),
+        ("fsdp", Lacks(SHARDED)),
+        ("fsdp_config", Lacks(SHARDED)),
+        ("ddp_timeout", Needless(PROCESSES)),
+        ("ddp_find_unused_parameters", Needless(PROCESSES)),
+        ("local_rank", Needless(PROCESSES)),
         ("torch_compile", Needless("nothing has to be compiled")),
         (
             "use_liger_kernel",
@@ -224,7 +213,7 @@ const COMMON: Table = &{
         ),
         (
             "include_tokens_per_second",
-            Needless("speed is told in any case"),
+            Needless("speed is shown in any case"),
         ),
         (
             "plot_loss",

@@ -332,6 +332,15 @@ pub fn text_of(path: &Path) -> Result<String, RecipeErrors> {
             source_line: None,
         }])
     };
+    if is_of_rows(path) {
+        let name = path.display();
+        return Err(whole(
+            format!("`{name}` is a file of rows, not a recipe"),
+            Some(&format!(
+                "`pipeline init --data {name}` writes a recipe for it"
+            )),
+        ));
+    }
     let bytes = read_bounded(path).map_err(|error| {
         let hint = match error.kind() {
             std::io::ErrorKind::NotFound => Some("give the path of a recipe, a YAML file"),
@@ -397,6 +406,13 @@ pub fn suggest_kind(name: &str, kinds: &[Kind]) -> String {
 
 /// The longest recipe, in bytes. Longer is only what never ends, such as a device.
 const LONGEST: u64 = 64 << 20;
+
+/// Whether the name of a file that is there says that it holds rows.
+fn is_of_rows(path: &Path) -> bool {
+    let ends = path.extension().map(std::ffi::OsStr::to_ascii_lowercase);
+    let of_rows = ["jsonl", "ndjson", "parquet", "csv", "tsv", "arrow"];
+    ends.is_some_and(|ends| of_rows.iter().any(|known| ends == *known)) && path.is_file()
+}
 
 fn read_bounded(path: &Path) -> std::io::Result<Vec<u8>> {
     let mut bytes = Vec::new();

@@ -105,8 +105,8 @@ impl Outline {
                 ""
             };
             _ = writeln!(text, "    {}:{empty}", stage.kind);
-            for (place, (name, value)) in stage.parameters.iter().enumerate() {
-                lines.push((text.lines().count() + 1, number, place));
+            for (index, (name, value)) in stage.parameters.iter().enumerate() {
+                lines.push((text.lines().count() + 1, number, index));
                 entry(&mut text, 6, name, value);
             }
         }
@@ -274,8 +274,8 @@ mod tests {
                 .starts_with("# yaml-language-server: $schema=s.json\n")
         );
         let lines: Vec<&str> = rendered.text.lines().collect();
-        for (line, stage, place) in rendered.lines {
-            let name = &outline.stages[stage].parameters[place].0;
+        for (line, stage, index) in rendered.lines {
+            let name = &outline.stages[stage].parameters[index].0;
             assert!(lines[line - 1].contains(name.as_str()), "{name}");
         }
         assert!(

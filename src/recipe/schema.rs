@@ -84,6 +84,7 @@ pub fn schema(kinds: &[Kind]) -> Value {
 
 /// The schema of the whole file.
 fn recipe(defaults: &Value, definitions: &Value) -> Value {
+    let has = |key: &str| json!({ "properties": { key: {} }, "required": [key] });
     let mut schema = json!({
         "title": "pipeline recipe",
         "description": "Stages of a fine-tuning pipeline. A parameter that names a stage is an edge of the graph.",
@@ -142,10 +143,10 @@ fn recipe(defaults: &Value, definitions: &Value) -> Value {
             "^x-": { "description": "Yours: `pipeline` does not read it. A place for values that YAML's anchors repeat." },
         },
         "required": ["version"],
-        "anyOf": [{ "required": ["stages"] }, { "required": ["extends"] }, { "required": ["include"] }],
+        "anyOf": [has("stages"), has("extends"), has("include")],
         "additionalProperties": false,
         // Required parameters may come from `defaults`, which a schema can't follow; without any, they stand in the stage.
-        "if": { "anyOf": [{ "required": ["defaults"] }, { "required": ["extends"] }] },
+        "if": { "anyOf": [has("defaults"), has("extends")] },
         "else": {
             "properties": {
                 "stages": { "type": "object", "additionalProperties": { "$ref": "#/$defs/complete_stage" } },
@@ -166,6 +167,7 @@ fn recipe(defaults: &Value, definitions: &Value) -> Value {
 fn var() -> Value {
     json!({
         "description": "A value, or a declaration: a map with a `type`.",
+        "type": ["object", "array", "string", "number", "boolean", "null"],
         "properties": {
             "type": { "description": "What the var is: `string`, `number`, `integer`, `boolean`, `list` or `map`.", "examples": ["number"] },
             "default": { "description": "Its value where nobody gives another one. Without a default it has to be given by `--set`." },

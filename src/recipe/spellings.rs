@@ -123,15 +123,15 @@ pub(super) const ELSEWHERE: &[(&str, &str)] = &[
     ),
     (
         "deepspeed",
-        "a training runs in one process on this machine; leave it out",
+        "weights are not divided among processes; leave it out. `resources: { processes: 2 }` beside the kind divides the rows of a step",
     ),
     (
         "fsdp",
-        "a training runs in one process on this machine; leave it out",
+        "weights are not divided among processes; leave it out. `resources: { processes: 2 }` beside the kind divides the rows of a step",
     ),
     (
         "ddp_timeout",
-        "a training runs in one process on this machine; leave it out",
+        "leave it out; `resources: { processes: 2 }` beside the kind divides the rows of a step",
     ),
     (
         "flash_attention",
@@ -199,7 +199,7 @@ pub(super) const ELSEWHERE: &[(&str, &str)] = &[
     ),
     (
         "wandb_project",
-        "the metrics of every step are kept with the result; `pipeline show` prints them",
+        "`report_to: tensorboard` writes files that `wandb sync --sync-tensorboard` reads",
     ),
     (
         "plot_loss",
@@ -491,10 +491,10 @@ pub(super) const NO_KIND: &[(&str, &str)] = &[
     ("simpo", "it is `train_cpo` with `loss_type: simpo`"),
     (
         "ppo",
-        "it is not computed here; `train_orpo` and `train_dpo` learn from preferences",
+        "it is not computed here; `train_orpo`, `train_dpo`, `train_cpo` and `train_kto` learn from preferences",
     ),
     (
         "grpo",
-        "it is not computed here; `train_orpo` and `train_dpo` learn from preferences",
+        "it is not computed here; `train_orpo`, `train_dpo`, `train_cpo` and `train_kto` learn from preferences",
     ),
 ];

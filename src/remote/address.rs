@@ -30,11 +30,11 @@ const LONGEST: usize = 600;
 /// A folder or a URL.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Address {
-    place: Place,
+    location: Location,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
-enum Place {
+enum Location {
     Folder(PathBuf),
     Url(ObjectStoreScheme, Url),
 }
@@ -44,8 +44,8 @@ impl Address {
     pub fn parse(text: &str, folder: &std::path::Path) -> anyhow::Result<Self> {
         const KNOWN: &str = "expected a folder, or a URL that starts with `file://`, `s3://`, `gs://`, `az://` or `https://`";
         if !text.contains("://") {
-            let place = Place::Folder(folder.join(text));
-            return Ok(Self { place });
+            let location = Location::Folder(folder.join(text));
+            return Ok(Self { location });
         }
         let shown = text.split("://").next().unwrap_or_default();
         let Ok(url) = Url::parse(text) else {
@@ -58,26 +58,26 @@ impl Address {
                     without_credentials(url.as_str())
                 );
             };
-            let place = Place::Folder(path);
-            return Ok(Self { place });
+            let location = Location::Folder(path);
+            return Ok(Self { location });
         }
         match ObjectStoreScheme::parse(&url) {
             Ok((ObjectStoreScheme::Memory | ObjectStoreScheme::Local, _)) | Err(_) => {
                 bail!("`{shown}://` is no place for a remote; {KNOWN}")
             }
             Ok((scheme, _)) => {
-                let place = Place::Url(scheme, url);
-                Ok(Self { place })
+                let location = Location::Url(scheme, url);
+                Ok(Self { location })
             }
         }
     }
 
     /// Whether a name or a password is part of it.
     pub fn has_credentials(&self) -> bool {
-        match &self.place {
-            Place::Folder(_) => false,
+        match &self.location {
+            Location::Folder(_) => false,
             // In `az://container@account` the part before `@` is no secret.
-            Place::Url(scheme, url) => {
+            Location::Url(scheme, url) => {
                 url.password().is_some()
                     || url.query().is_some()
                     || (*scheme != ObjectStoreScheme::MicrosoftAzure && !url.username().is_empty())
@@ -87,7 +87,7 @@ impl Address {
 
     /// Whether a password in it would travel for everybody to read: over plain HTTP, and not only within this machine.
     pub fn is_exposed(&self) -> bool {
-        let Place::Url(ObjectStoreScheme::Http, url) = &self.place else {
+        let Location::Url(ObjectStoreScheme::Http, url) = &self.location else {
             return false;
         };
         let here = match url.host() {
@@ -101,31 +101,31 @@ impl Address {
 
     /// Whether reaching it needs the network.
     pub fn is_far(&self) -> bool {
-        matches!(self.place, Place::Url(..))
+        matches!(self.location, Location::Url(..))
     }
 
     /// The folder, if it is one of this machine.
     pub(super) fn folder(&self) -> Option<&std::path::Path> {
-        match &self.place {
-            Place::Folder(folder) => Some(folder),
-            Place::Url(..) => None,
+        match &self.location {
+            Location::Folder(folder) => Some(folder),
+            Location::Url(..) => None,
         }
     }
 
     pub(super) fn is_read_only(&self) -> bool {
-        matches!(&self.place, Place::Url(ObjectStoreScheme::Http, _))
+        matches!(&self.location, Location::Url(ObjectStoreScheme::Http, _))
     }
 
     /// As it may be shown: without credentials.
     pub fn shown(&self) -> String {
-        match &self.place {
-            Place::Folder(path) => {
+        match &self.location {
+            Location::Folder(path) => {
                 let path = path.display().to_string();
                 // An address that lacks its beginning counts as a folder.
                 let hidden = USER.replace_all(&path, "$1:***@");
                 hidden.into_owned()
             }
-            Place::Url(scheme, url) => {
+            Location::Url(scheme, url) => {
                 let mut url = url.clone();
                 url.set_query(None);
                 url.set_fragment(None);
@@ -144,8 +144,8 @@ impl Address {
         &self,
         variables: &BTreeMap<String, String>,
     ) -> anyhow::Result<(Arc<dyn ObjectStore>, Path)> {
-        let (scheme, url) = match &self.place {
-            Place::Folder(folder) => {
+        let (scheme, url) = match &self.location {
+            Location::Folder(folder) => {
                 if !folder.is_dir() {
                     bail!("there is no folder `{}`; make it first", self.shown());
                 }
@@ -153,7 +153,7 @@ impl Address {
                     .with_context(|| format!("could not open `{}`", self.shown()))?;
                 return Ok((Arc::new(store.with_fsync(true)), Path::default()));
             }
-            Place::Url(scheme, url) => (scheme, url),
+            Location::Url(scheme, url) => (scheme, url),
         };
         let (_, folder) = ObjectStoreScheme::parse(url)?;
         Ok((cloud::open(scheme, url, variables)?, folder))
@@ -172,7 +172,7 @@ impl Address {
                 secrets.extend(secrets_of(&url));
             }
         }
-        if let Place::Url(scheme, url) = &self.place {
+        if let Location::Url(scheme, url) = &self.location {
             secrets.extend(secrets_of(url));
             if *scheme != ObjectStoreScheme::MicrosoftAzure && url.password().is_none() {
                 // A token may stand where others have a name.

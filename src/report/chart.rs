@@ -10,7 +10,7 @@ use plotters::coord::types::RangedCoordf64;
 use plotters::prelude::*;
 use plotters::style::{FontStyle, register_font};
 
-/// Lines, by their place in a chart: the first stands out, further ones are beside it.
+/// Lines, by their index in a chart: the first stands out, further ones are beside it.
 pub const COLORS: [RGBColor; 6] = [
     RGBColor(0x0B, 0x5F, 0xD0),
     RGBColor(0xB4, 0x3C, 0x0A),
@@ -45,7 +45,7 @@ pub enum Look {
 pub struct Series {
     /// What it shows.
     pub name: String,
-    /// The place of its colour in [`COLORS`].
+    /// The index of its colour in [`COLORS`].
     pub color: usize,
     /// How it is drawn.
     pub look: Look,
@@ -314,8 +314,8 @@ fn thinned(points: &[(f64, f64)]) -> Vec<(f64, f64)> {
     kept
 }
 
-fn color_of(place: usize) -> RGBColor {
-    COLORS[place % COLORS.len()]
+fn color_of(index: usize) -> RGBColor {
+    COLORS[index % COLORS.len()]
 }
 
 /// The values that the axes show.

@@ -38,7 +38,7 @@ pub struct Look {
 
 /// What the events' recipe is called and where its stages stand, for messages.
 #[derive(Debug, Clone, Default)]
-pub struct Places {
+pub struct RecipeNames {
     /// The recipe as a command names it.
     pub recipe: String,
     /// What the recipe was given by `--set`, as a command has it: empty, or with a space in front.
@@ -47,7 +47,7 @@ pub struct Places {
     pub stages: BTreeMap<String, String>,
 }
 
-impl Places {
+impl RecipeNames {
     /// A command about the recipe, or about one of its stages.
     pub fn command(&self, command: &str, stage: Option<&str>) -> String {
         let stage = stage.map(|stage| format!(" {}", quoted(stage)));

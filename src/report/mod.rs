@@ -28,12 +28,12 @@ use crate::engine::Event;
 
 pub use event_schema::{events_reference, events_schema};
 pub use json::JsonLines;
-pub use look::{Look, Places, Size, Verbosity, quoted};
+pub use look::{Look, RecipeNames, Size, Verbosity, quoted};
 pub use screen::above;
 pub use terminal::Terminal;
 pub(crate) use text::has_the_store;
 pub use text::{ago, bytes, count, duration, harmless, harmless_json, steers, thousands};
-pub use width::wrap;
+pub use width::{width, wrap};
 
 /// Hears of events.
 pub trait Reporter {

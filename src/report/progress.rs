@@ -198,7 +198,7 @@ impl Running {
         let mut chosen: Vec<(usize, String)> = Vec::new();
         let share = self.share();
         let mut bar = 0;
-        for (number, (place, text)) in parts.into_iter().enumerate() {
+        for (number, (index, text)) in parts.into_iter().enumerate() {
             if text.is_empty() {
                 continue;
             }
@@ -209,7 +209,7 @@ impl Running {
             };
             if width(&text) + 2 <= left {
                 left -= width(&text) + 2;
-                chosen.push((place, text));
+                chosen.push((index, text));
             }
             // The bar comes after the position and the time.
             if number == 1 && share.is_some() && left >= NARROWEST + 2 {
@@ -220,7 +220,7 @@ impl Running {
         if bar > 0 {
             bar += left.min(WIDEST - NARROWEST);
         }
-        chosen.sort_by_key(|(place, _)| *place);
+        chosen.sort_by_key(|(index, _)| *index);
         if let Some(share) = share.filter(|_| bar > 0) {
             let full = (share * bar as f64) as usize;
             let (done, open) = if unicode { ("━", "╌") } else { ("#", "-") };

@@ -9,8 +9,8 @@ pub fn sparkline(values: &[f64], width: usize) -> String {
     }
     let count = values.len().min(width);
     let stretches: Vec<Option<f64>> = (0..count)
-        .map(|place| {
-            let stretch = &values[place * values.len() / count..(place + 1) * values.len() / count];
+        .map(|index| {
+            let stretch = &values[index * values.len() / count..(index + 1) * values.len() / count];
             let finite: Vec<f64> = stretch
                 .iter()
                 .copied()

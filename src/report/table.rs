@@ -138,7 +138,7 @@ impl Table {
                 "epoch",
                 titles.join("  ")
             );
-            lines.push(paint(DIM, header.trim_end()));
+            lines.push(paint(DIM, &cut(header.trim_end(), columns)));
             self.open = Some((stage.to_owned(), names.clone(), 0));
         }
         if let Some((_, _, rows)) = &mut self.open {
@@ -161,7 +161,7 @@ impl Table {
             epoch.unwrap_or_default(),
             numbers.join("  ")
         );
-        lines.push(line.trim_end().to_owned());
+        lines.push(cut(line.trim_end(), columns));
         lines
     }
 

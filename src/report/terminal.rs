@@ -11,7 +11,7 @@ use anstyle::Style;
 
 use super::Reporter;
 use super::frame::Frame;
-use super::look::{Look, Places, Verbosity};
+use super::look::{Look, RecipeNames, Verbosity};
 use super::progress::{Pen, Running};
 use super::screen::Screen;
 use super::style::{BOLD, DIM, ERROR, GOOD, RUNS, WAITS, WARNING, paint, stripped};
@@ -35,7 +35,7 @@ const PLAIN_WIDTH: usize = 140;
 
 /// Shows events to people.
 pub struct Terminal<W: Write> {
-    places: Places,
+    recipe: RecipeNames,
     look: Look,
     screen: Screen<W>,
     table: Table,
@@ -64,14 +64,14 @@ pub struct Terminal<W: Write> {
 
 impl<W: Write> Terminal<W> {
     /// Writes to `out`.
-    pub fn new(places: Places, look: Look, out: W) -> Self {
-        Self::on(places, look, Screen::new(out))
+    pub fn new(recipe: RecipeNames, look: Look, out: W) -> Self {
+        Self::on(recipe, look, Screen::new(out))
     }
 
-    fn on(places: Places, look: Look, screen: Screen<W>) -> Self {
-        let names = places.stages.keys().map(|name| width(name)).max();
+    fn on(recipe: RecipeNames, look: Look, screen: Screen<W>) -> Self {
+        let names = recipe.stages.keys().map(|name| width(name)).max();
         Self {
-            places,
+            recipe,
             look,
             screen,
             table: Table::default(),
@@ -366,11 +366,11 @@ impl<W: Write> Terminal<W> {
         }
         self.add_always(ERROR, "failed", &format!("{stage}: {error}"));
         let mut more = Vec::new();
-        if let Some(span) = self.places.stages.get(stage) {
+        if let Some(span) = self.recipe.stages.get(stage) {
             more.push(format!("it is defined at {span}"));
         }
         // Who looks at the log itself needs no more of it.
-        let is_live = !self.places.recipe.is_empty();
+        let is_live = !self.recipe.recipe.is_empty();
         if let Some(words) = self.last_words.get(stage)
             && !words.is_empty()
             && is_live
@@ -379,7 +379,7 @@ impl<W: Write> Terminal<W> {
             more.extend(words.iter().map(|words| format!("  {words}")));
         }
         if is_live {
-            let command = self.places.command("log", Some(stage));
+            let command = self.recipe.command("log", Some(stage));
             more.push(format!("`{command}` shows all of it"));
         }
         if let Some(kept) = kept {
@@ -522,7 +522,7 @@ impl<W: Write> Terminal<W> {
     /// What has several lines goes on indented, so that no text from elsewhere looks like another event.
     fn add_line(&mut self, style: Style, label: &str, text: &str, more: &str) {
         self.table.interrupt();
-        let text = harmless(text).into_owned();
+        let text = harmless(text).replace("; hint: ", "\nhint: ");
         let text = if more.is_empty() {
             text.trim_end()
         } else {
@@ -530,11 +530,12 @@ impl<W: Write> Terminal<W> {
         };
         let columns = self
             .room()
-            .map_or(usize::MAX, |columns| columns.saturating_sub(INDENT).max(20));
+            .map_or(usize::MAX, |columns| columns.saturating_sub(INDENT).max(8));
         let lines = text.split('\n').flat_map(|line| wrap(line, columns));
         for (index, line) in lines.enumerate() {
             let label = if index == 0 { label } else { "" };
-            let more = if index == 0 && !more.is_empty() {
+            let fits = index == 0 && width(&line) + width(more) <= columns;
+            let more = if fits && !more.is_empty() {
                 paint(DIM, more)
             } else {
                 String::new()

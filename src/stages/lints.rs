@@ -10,14 +10,14 @@ use crate::engine::{Context, Problem};
 /// The problems of a `deny_lints`: lints that this stage does not look for.
 pub(in crate::stages) fn check(denied: &[Lint], known: &[Lint]) -> Vec<Problem> {
     let unknown = |(_, lint): &(usize, &Lint)| !known.contains(lint);
-    let problem = |(place, lint): (usize, &Lint)| {
+    let problem = |(index, lint): (usize, &Lint)| {
         let other = if Lint::OF_TEXTS.contains(lint) {
             "apply_chat_template"
         } else {
             "tokenize"
         };
         let message = format!("`{}` is not looked for here", lint.name());
-        Problem::new(format!("deny_lints[{place}]"), message)
+        Problem::new(format!("deny_lints[{index}]"), message)
             .hint(format!("put it into `deny_lints` of `{other}`"))
     };
     let all = denied.iter().enumerate();

@@ -138,8 +138,8 @@ fn write_settings(folder: &Path, chat_template: &str) -> Result<()> {
 
 fn object(entries: &[(&str, serde_json::Value)]) -> String {
     let mut text = "{\n".to_owned();
-    for (place, (name, value)) in entries.iter().enumerate() {
-        let comma = if place + 1 == entries.len() { "" } else { "," };
+    for (index, (name, value)) in entries.iter().enumerate() {
+        let comma = if index + 1 == entries.len() { "" } else { "," };
         // Writing to a string never fails.
         let _ = writeln!(text, "  \"{name}\": {value}{comma}");
     }

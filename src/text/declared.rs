@@ -101,9 +101,11 @@ impl Declared {
             anyhow!("`added_tokens_decoder` of `tokenizer_config.json` is no object")
         })?;
         for (id, entry) in listed {
-            let id: i64 = id
-                .parse()
-                .map_err(|_| anyhow!("`added_tokens_decoder` of `tokenizer_config.json` has `{id}` in the place of an id"))?;
+            let id: i64 = id.parse().map_err(|_| {
+                anyhow!(
+                    "`added_tokens_decoder` of `tokenizer_config.json` has `{id}` in place of an id"
+                )
+            })?;
             ensure!(
                 entry.is_object(),
                 "`added_tokens_decoder` of `tokenizer_config.json` has no object for the id {id}"

@@ -157,9 +157,9 @@ impl<'a> Tag<'a> {
 /// What follows a quoted text.
 fn after_text(text: &str, quote: char) -> &str {
     let mut escaped = false;
-    for (place, c) in text.char_indices().skip(1) {
+    for (offset, c) in text.char_indices().skip(1) {
         if c == quote && !escaped {
-            return text.get(place + 1..).unwrap_or_default();
+            return text.get(offset + 1..).unwrap_or_default();
         }
         escaped = c == '\\' && !escaped;
     }

@@ -28,7 +28,7 @@ pub struct PlainTemplate {
 /// Where a system message stands.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum System {
-    /// In a turn of its own in the place of [`PlainTemplate::begin`], between these texts.
+    /// In a turn of its own in place of [`PlainTemplate::begin`], between these texts.
     Own(String, String),
     /// In the first user's turn before its content, followed by this text.
     InFirst(String),

@@ -140,10 +140,10 @@ impl Split {
             Self::Whole(words) => words.each(text, 0..text.len(), &mut word),
             Self::Digits(words) => {
                 let mut start = 0;
-                for (place, digit) in text.char_indices().filter(|(_, c)| c.is_numeric()) {
-                    words.each(text, start..place, &mut word)?;
-                    start = place + digit.len_utf8();
-                    word(place..start)?;
+                for (offset, digit) in text.char_indices().filter(|(_, c)| c.is_numeric()) {
+                    words.each(text, start..offset, &mut word)?;
+                    start = offset + digit.len_utf8();
+                    word(offset..start)?;
                 }
                 words.each(text, start..text.len(), &mut word)
             }
@@ -157,8 +157,8 @@ impl Split {
                         end
                     } else {
                         let kana = is_kana(text[start..].chars().next());
-                        let alike = |(place, c): &(usize, char)| {
-                            is_kana(Some(*c)) == kana && at(text, start + place).0 & NUMBER == 0
+                        let alike = |(offset, c): &(usize, char)| {
+                            is_kana(Some(*c)) == kana && at(text, start + offset).0 & NUMBER == 0
                         };
                         let piece = text[start..].char_indices().take_while(alike);
                         let length: usize = piece.map(|(_, c)| c.len_utf8()).sum();
@@ -213,13 +213,13 @@ impl Words {
             } => o200k(text, start, contractions, digits),
             Self::Gpt2 => gpt2(text, start),
             Self::DeepSeek => {
-                let mut place = start;
+                let mut offset = start;
                 loop {
-                    match deepseek(text, place) {
-                        Some(end) if place == start => return end,
-                        Some(_) => return place,
-                        None if place >= text.len() => return place,
-                        None => place += at(text, place).1,
+                    match deepseek(text, offset) {
+                        Some(end) if offset == start => return end,
+                        Some(_) => return offset,
+                        None if offset >= text.len() => return offset,
+                        None => offset += at(text, offset).1,
                     }
                 }
             }
@@ -228,15 +228,15 @@ impl Words {
 }
 
 /// The end of at most `most` characters of the classes `of`.
-fn some_of(text: &str, mut place: usize, of: u16, most: usize) -> usize {
+fn some_of(text: &str, mut offset: usize, of: u16, most: usize) -> usize {
     for _ in 0..most {
-        let (class, length) = at(text, place);
+        let (class, length) = at(text, offset);
         if class & of == 0 {
             break;
         }
-        place += length;
+        offset += length;
     }
-    place
+    offset
 }
 
 fn cl100k(text: &str, start: usize, letters: u16, digits: usize) -> usize {
@@ -276,20 +276,20 @@ fn o200k(text: &str, start: usize, contractions: bool, digits: usize) -> usize {
     const OTHERS: u16 = !(LETTER | NUMBER | SPACE | NEWLINE);
     // Capitals and then small letters. Letters without a case are both, so the last of them can be the small one.
     let word = |from: usize| {
-        let (mut place, mut last) = (from, None);
+        let (mut offset, mut last) = (from, None);
         loop {
-            let (class, length) = at(text, place);
+            let (class, length) = at(text, offset);
             if class & UPPERS == 0 {
                 break;
             }
-            place += length;
+            offset += length;
             if class & LOWERS != 0 {
-                last = Some(place);
+                last = Some(offset);
             }
         }
-        let end = run(text, place, LOWERS);
-        let with_small = if end > place { Some(end) } else { last };
-        (with_small, (place > from).then_some(place))
+        let end = run(text, offset, LOWERS);
+        let with_small = if end > offset { Some(end) } else { last };
+        (with_small, (offset > from).then_some(offset))
     };
     let (class, length) = at(text, start);
     let next = start + length;
@@ -344,17 +344,17 @@ fn gpt2(text: &str, start: usize) -> usize {
         }
     }
     // All white space but the last character, unless it ends the text or is alone.
-    let (mut place, mut last) = (start, start);
+    let (mut offset, mut last) = (start, start);
     loop {
-        let (class, length) = at(text, place);
+        let (class, length) = at(text, offset);
         if class & (SPACE | NEWLINE) == 0 {
             break;
         }
-        last = place;
-        place += length;
+        last = offset;
+        offset += length;
     }
-    if place == text.len() || last == start {
-        place
+    if offset == text.len() || last == start {
+        offset
     } else {
         last
     }
@@ -390,7 +390,7 @@ fn deepseek(text: &str, start: usize) -> Option<usize> {
 
 /// The number of bytes after an apostrophe that form a contraction with it, in either case; a long s (U+017F) counts as s.
 fn contraction(rest: &[u8]) -> Option<usize> {
-    let lower = |place: usize| rest.get(place).map(u8::to_ascii_lowercase);
+    let lower = |offset: usize| rest.get(offset).map(u8::to_ascii_lowercase);
     match (lower(0)?, lower(1)) {
         (b's' | b't' | b'm' | b'd', _) => Some(1),
         (b'r' | b'v', Some(b'e')) | (b'l', Some(b'l')) | (0xc5, Some(0xbf)) => Some(2),
@@ -401,24 +401,24 @@ fn contraction(rest: &[u8]) -> Option<usize> {
 /// White space up to its last line break, or else all but the last character, which belongs to the next word. At the text's end,
 /// and where there is one character only, all of it.
 fn white_space(text: &str, start: usize) -> usize {
-    let (mut place, mut last) = (start, start);
+    let (mut offset, mut last) = (start, start);
     let mut line_break = None;
     loop {
-        let (class, length) = at(text, place);
+        let (class, length) = at(text, offset);
         if class & NEWLINE != 0 {
-            line_break = Some(place + length);
+            line_break = Some(offset + length);
         } else if length == 0 {
-            return line_break.unwrap_or(place);
+            return line_break.unwrap_or(offset);
         } else if class & SPACE == 0 {
             break;
         }
-        last = place;
-        place += length;
+        last = offset;
+        offset += length;
     }
     match line_break {
         Some(end) => end,
         None if last > start => last,
-        None => place,
+        None => offset,
     }
 }
 

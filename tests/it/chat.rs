@@ -317,6 +317,10 @@ fn what_can_not_answer_says_why() {
         "`top_p` is 3",
     );
     project.refuses(
+        &["generate", "model", "--prompt", "x", "--temperature", "-1"],
+        "`temperature` is -1",
+    );
+    project.refuses(
         &[
             "generate", "model", "--prompt", "x", "--greedy", "--top-p", "0.3",
         ],

@@ -110,7 +110,7 @@ fn a_full_disk_is_told_and_with_more_room_the_next_run_carries_on() {
     }
     let whole = project();
     whole.succeeds(&RUN);
-    let mut failed = 0;
+    let (mut failed, mut advised) = (0, 0);
     for kilobytes in [16, 32, 48, 64, 96, 128, 192, 256] {
         let project = project();
         let first = format!(
@@ -123,10 +123,15 @@ fn a_full_disk_is_told_and_with_more_room_the_next_run_carries_on() {
         if ended.code != Some(0) {
             failed += 1;
             assert_told(&ended, &["No space left on device"]);
+            if ended.stderr.contains("   failed  ") {
+                advised += 1;
+                assert_told(&ended, &["`pipeline gc` removes results"]);
+            }
         }
         assert_eq!(result(&project), result(&whole), "{kilobytes} kB");
     }
     assert!(failed >= 2, "only {failed} runs met the end of the disk");
+    assert!(advised >= 1, "no stage met the end of the disk");
 }
 
 /// A user and group that own nothing.

@@ -43,6 +43,42 @@ fn generated_files_are_current() {
     }
 }
 
+/// ajv's strict mode, by which editors and checkers read schemas, wants a property that is required to be defined in the same place, and a
+/// type where properties are.
+#[test]
+fn strict_readers_take_the_schemas() {
+    fn walk(schema: &Value, at: &str, wrong: &mut Vec<String>) {
+        let children: Vec<(String, &Value)> = match schema {
+            Value::Object(map) => {
+                let required = map.get("required").and_then(Value::as_array);
+                let names = required.into_iter().flatten().filter_map(Value::as_str);
+                let lacking = names.filter(|name| schema["properties"].get(name).is_none());
+                wrong.extend(lacking.map(|name| format!("{at}: {name}")));
+                let is_value = at.ends_with("/additionalProperties") || at.ends_with("/items");
+                if is_value && map.contains_key("properties") && !map.contains_key("type") {
+                    wrong.push(format!("{at}: no type"));
+                }
+                let schemas = map.iter().filter(|(key, _)| {
+                    !["examples", "default", "const", "enum"].contains(&key.as_str())
+                });
+                schemas.map(|(key, child)| (key.clone(), child)).collect()
+            }
+            Value::Array(list) => (0..).map(|n: usize| n.to_string()).zip(list).collect(),
+            _ => Vec::new(),
+        };
+        for (key, child) in children {
+            walk(child, &format!("{at}/{key}"), wrong);
+        }
+    }
+    for (name, text) in files() {
+        if name.ends_with(".json") {
+            let mut wrong = Vec::new();
+            walk(&serde_json::from_str(&text).unwrap(), "#", &mut wrong);
+            assert!(wrong.is_empty(), "{name}: {wrong:#?}");
+        }
+    }
+}
+
 #[test]
 fn every_recipe_fits_the_schema() {
     let schema: Value = serde_json::from_str(&files()[0].1).unwrap();

@@ -176,6 +176,17 @@ fn what_init_is_told_is_checked() {
         "{}",
         ended.stderr
     );
+    project.write("other.csv", "a,b\n1,2\n");
+    let ended = project.run(&["init", "--data", "other.csv"]);
+    assert!(
+        ended.code == Some(1) && ended.stderr.contains("\nhint: say which is which"),
+        "{}",
+        ended.stderr
+    );
+    // The folder in which the recipe lies.
+    project.write("rows/train.jsonl", &rows("messages"));
+    project.succeeds(&["init", "rows/pipeline.yaml", "--data", "rows"]);
+    project.succeeds(&["validate", "rows/pipeline.yaml"]);
     project.succeeds(&["init", "--data", "someone/rows", "--model", "someone/model"]);
     let recipe = project.read("pipeline.yaml");
     assert!(

@@ -69,7 +69,19 @@ fn mistakes_on_the_command_line() {
     assert!(wrong(&project, &["run", quickstart, "--set", "seed"]).contains("expected PATH=VALUE"));
     assert!(wrong(&project, &["run", "nowhere.yaml"]).contains("could not read the recipe"));
     assert!(wrong(&project, &["fly"]).contains("unrecognized subcommand"));
-    assert!(wrong(&project, &["run", quickstart, "--jobs", "0"]).contains("--jobs"));
+    let told = wrong(&project, &["run", "recipes/data/pairs.jsonl"]);
+    assert!(
+        told.contains("is a file of rows, not a recipe")
+            && told.contains("`pipeline init --data recipes/data/pairs.jsonl`"),
+        "{told}"
+    );
+    for number in ["0", "-1"] {
+        let told = wrong(&project, &["run", quickstart, "--jobs", number]);
+        assert!(
+            told.contains(&format!("invalid value '{number}' for '--jobs <N>'")),
+            "{told}"
+        );
+    }
 }
 
 #[test]

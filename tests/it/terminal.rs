@@ -124,7 +124,7 @@ fn a_plan_at_a_terminal_is_wrapped_between_words() {
 }
 
 #[test]
-fn a_plan_that_can_not_be_written_fails() {
+fn what_can_not_be_written_to_standard_output_fails() {
     let project = small();
     let full = std::fs::File::options()
         .write(true)
@@ -134,6 +134,8 @@ fn a_plan_that_can_not_be_written_fails() {
         &["plan", "r.yaml"][..],
         &["plan", "r.yaml", "--json"],
         &["schema"],
+        &["run", "r.yaml", "--json"],
+        &["log", "r.yaml", "pairs"],
     ] {
         let ended = project
             .command(arguments)

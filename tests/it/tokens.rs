@@ -160,7 +160,7 @@ fn mistakes_with_tokens_are_told() {
     for (value, expected) in [
         (
             "[<nowhere>]",
-            "`<nowhere>`, which is no token of the model; hint: `add_tokens`",
+            "`<nowhere>`, which is no token of the model\n           hint: `add_tokens`",
         ),
         (
             "[5000]",

@@ -10,14 +10,13 @@ use std::time::Duration;
 use clap::Subcommand;
 
 use super::run::stop_on_signal;
-use crate::cli::args::{RecipeArgs, StoreArgs};
+use crate::cli::args::{ReadingArgs, RecipeArgs, StoreArgs};
 use crate::cli::folders::root;
 use crate::cli::project::{Project, own_store};
 use crate::cli::remote::{RemoteArgs, report_warnings, set_trust};
 use crate::cli::{Failure, print, print_json, table};
 use crate::engine::remote::{Sent, Shared};
 use crate::engine::{Event, Store, short};
-use crate::recipe::Override;
 use crate::report::{ago, bytes, duration, has_the_store};
 
 #[derive(clap::Args)]
@@ -52,9 +51,8 @@ struct Push {
     /// Sends every result in the store
     #[arg(long, conflicts_with = "recipe")]
     all: bool,
-    /// Sets a value of the recipe, such as `vars.seed=1`; may be repeated
-    #[arg(long = "set", value_name = "PATH=VALUE", value_parser = crate::cli::args::assignment)]
-    set: Vec<Override>,
+    #[command(flatten)]
+    reading: ReadingArgs,
     #[command(flatten)]
     store: StoreArgs,
     #[command(flatten)]
@@ -86,9 +84,8 @@ struct List {
 struct Collect {
     /// Recipes whose current results are kept, however old
     recipes: Vec<PathBuf>,
-    /// Sets a value of the recipes, such as `vars.seed=1`; may be repeated
-    #[arg(long = "set", value_name = "PATH=VALUE", value_parser = crate::cli::args::assignment)]
-    set: Vec<Override>,
+    #[command(flatten)]
+    reading: ReadingArgs,
     /// Removes results that have been in the remote for this many days
     #[arg(long, value_name = "DAYS", default_value_t = 30)]
     older_than: u64,
@@ -176,16 +173,11 @@ fn trust(args: &Trust) -> Result<(), Failure> {
 
 fn project(
     recipe: &Path,
-    set: &[Override],
+    reading: &ReadingArgs,
     store: &StoreArgs,
     which: &Which,
 ) -> Result<Project, Failure> {
-    let recipe = RecipeArgs {
-        profile: Vec::new(),
-        recipe: recipe.to_owned(),
-        set: set.to_vec(),
-        allow_path: Vec::new(),
-    };
+    let recipe = RecipeArgs::of(recipe, reading);
     let mut project = Project::open(&recipe, store)?;
     project.connect(&which.args(), false)?;
     project.report_warnings()?;
@@ -196,7 +188,7 @@ fn push(args: &Push) -> Result<(), Failure> {
     let cancel = Arc::new(AtomicBool::new(false));
     stop_on_signal(&cancel, true)?;
     if let Some(recipe) = &args.recipe {
-        let project = project(recipe, &args.set, &args.store, &args.remote)?;
+        let project = project(recipe, &args.reading, &args.store, &args.remote)?;
         let targets = project.find_all(&args.stages)?;
         let fingerprints = project.session(&[]).results(&targets);
         return send(&project.store, &project.shared, &fingerprints, &cancel);
@@ -343,7 +335,7 @@ fn list(args: &List) -> Result<(), Failure> {
 fn collect(args: &Collect) -> Result<(), Failure> {
     let mut keep = BTreeSet::new();
     for recipe in &args.recipes {
-        let project = project(recipe, &args.set, &args.store, &args.remote)?;
+        let project = project(recipe, &args.reading, &args.store, &args.remote)?;
         keep.extend(project.session(&[]).fingerprints());
         project.report_warnings()?;
     }

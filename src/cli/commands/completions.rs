@@ -8,7 +8,7 @@ use crate::cli::{COMPLETE, Failure, print};
 #[command(after_help = "\
 Put it where the shell reads it when it starts:
   bash   echo 'source <(pipeline completions bash)' >> ~/.bashrc
-  zsh    echo 'source <(pipeline completions zsh)' >> ~/.zshrc      (behind `compinit`)
+  zsh    echo 'source <(pipeline completions zsh)' >> ~/.zshrc      (after `compinit`)
   fish   pipeline completions fish > ~/.config/fish/completions/pipeline.fish")]
 pub(in crate::cli) struct Args {
     /// The shell

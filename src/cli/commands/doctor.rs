@@ -7,6 +7,7 @@ use std::time::Duration;
 use pipeline_kernels::dispatch::Isa;
 use serde::Serialize;
 
+use crate::cli::console::output_columns;
 use crate::cli::folders::root;
 use crate::cli::project::own_store;
 use crate::cli::remote::RemoteArgs;
@@ -14,8 +15,8 @@ use crate::cli::{Failure, default_recipe, machine, print_json, print_rendered, v
 use crate::engine::{Found, Store};
 use crate::hub::{Answered, Hub, HubSettings, TokenStore, shown_address};
 use crate::ml::place;
-use crate::report::bytes;
 use crate::report::style::{DIM, ERROR, GOOD, HINT, WARNING, paint};
+use crate::report::{bytes, harmless, wrap};
 
 /// How long the hub may take to answer.
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -45,6 +46,9 @@ pub(in crate::cli) struct Args {
     #[arg(long)]
     verify: bool,
 }
+
+/// Where the findings begin, in columns.
+const INDENT: usize = 22;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
@@ -154,19 +158,21 @@ fn line(finding: &Finding) -> String {
         Level::Warning => ("warning", WARNING),
         Level::Error => ("error  ", ERROR),
     };
-    let mut text = format!(
-        "{}  {:12} {}\n",
-        paint(style, word),
-        finding.what,
-        crate::report::harmless(&finding.found)
-    );
+    let room = output_columns().map_or(usize::MAX, |columns| columns.saturating_sub(INDENT));
+    let mut text = format!("{}  {:12} ", paint(style, word), finding.what);
+    for (number, line) in wrap(&harmless(&finding.found), room).iter().enumerate() {
+        let indent = if number == 0 { 0 } else { INDENT };
+        _ = writeln!(text, "{:indent$}{line}", "");
+    }
     if let Some(advice) = &finding.advice {
         let style = if finding.level == Level::Ok {
             DIM
         } else {
             HINT
         };
-        _ = writeln!(text, "{:22} {}", "", paint(style, advice));
+        for line in wrap(advice, room) {
+            _ = writeln!(text, "{:INDENT$}{}", "", paint(style, &line));
+        }
     }
     text
 }

@@ -17,7 +17,7 @@ const EXAMPLES: &str = "Examples:
   pipeline estimate recipe.yaml          every training
   pipeline estimate recipe.yaml tuned --set stages.tuned.train_orpo.per_device_train_batch_size=16
 
-A training tells the same when it begins, and keeps it in its record beside what was measured.";
+A training prints the same when it begins, and keeps it in its record beside what was measured.";
 
 #[derive(clap::Args)]
 #[command(after_help = EXAMPLES)]

@@ -183,7 +183,7 @@ fn common(args: &Slurm) -> String {
             quoted(&format!("{}={}", change.path, change.value))
         ));
     }
-    for path in &args.recipe.allow_path {
+    for path in &args.recipe.reading.allow_path {
         words.push(format!("--allow-path {}", word(path)));
     }
     if let Some(store) = &args.store.store {

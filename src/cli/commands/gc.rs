@@ -2,11 +2,10 @@
 
 use std::path::PathBuf;
 
-use crate::cli::args::{RecipeArgs, StoreArgs};
+use crate::cli::args::{ReadingArgs, RecipeArgs, StoreArgs};
 use crate::cli::project::Project;
 use crate::cli::{Failure, print, table};
 use crate::engine::{Bytes, Limits, Needs};
-use crate::recipe::Override;
 use crate::report::bytes;
 
 #[derive(clap::Args)]
@@ -14,9 +13,8 @@ pub(in crate::cli) struct Args {
     /// The recipes whose current results are kept
     #[arg(required = true, value_name = "RECIPE")]
     recipes: Vec<PathBuf>,
-    /// Sets a value of the recipes, such as `vars.seed=1`; may be repeated
-    #[arg(long = "set", value_name = "PATH=VALUE", value_parser = crate::cli::args::assignment)]
-    set: Vec<Override>,
+    #[command(flatten)]
+    reading: ReadingArgs,
     /// Also keeps the results of the last N runs of every recipe that used the store
     #[arg(long, value_name = "N", default_value_t = 1)]
     keep_runs: usize,
@@ -34,12 +32,7 @@ pub(in crate::cli) fn run(args: &Args) -> Result<(), Failure> {
     let mut needs = Needs::default();
     let mut store = None;
     for recipe in &args.recipes {
-        let recipe = RecipeArgs {
-            profile: Vec::new(),
-            recipe: recipe.clone(),
-            set: args.set.clone(),
-            allow_path: Vec::new(),
-        };
+        let recipe = RecipeArgs::of(recipe, &args.reading);
         let project = Project::open(&recipe, &args.store)?;
         project.session(&[]).needs(&mut needs);
         // The recipes of one call belong to one store.
@@ -67,7 +60,7 @@ pub(in crate::cli) fn run(args: &Args) -> Result<(), Failure> {
         .map(|garbage| {
             let name = garbage
                 .path
-                .file_name()
+                .file_stem()
                 .unwrap_or_default()
                 .to_string_lossy();
             let name = name.chars().take(10).collect();

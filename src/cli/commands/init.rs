@@ -7,7 +7,7 @@ use std::path::{Component, Path, PathBuf};
 use anyhow::Context as _;
 
 use crate::cli::folders::{normal, root};
-use crate::cli::{Failure, default_recipe, eprint, error, print};
+use crate::cli::{Failure, default_recipe, eprint_warning, error, print};
 use crate::data::import::{ImportOptions, import_files};
 use crate::recipe::outline::{Outline, OutlineStage};
 use crate::recipe::translate::CHATML;
@@ -280,8 +280,8 @@ fn from_recipe(path: &str, recipe: &Path) -> Result<String, Failure> {
     let path = normal(&here.join(path));
     let root = root(folder);
     if !path.starts_with(&root) {
-        eprint(&format!(
-            "warning: `{}` is outside the project `{}`: `--allow-path` allows to read it, or move it there\n",
+        eprint_warning(&format!(
+            "`{}` is outside the project `{}`: `--allow-path` allows to read it, or move it there",
             path.display(),
             root.display()
         ));
@@ -295,6 +295,9 @@ fn from_recipe(path: &str, recipe: &Path) -> Result<String, Failure> {
     let up = folder.components().count() - common;
     let mut relative: PathBuf = std::iter::repeat_n(Component::ParentDir, up).collect();
     relative.extend(path.components().skip(common));
+    if relative.as_os_str().is_empty() {
+        relative.push(Component::CurDir);
+    }
     Ok(relative.display().to_string())
 }
 

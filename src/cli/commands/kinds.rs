@@ -4,7 +4,7 @@ use std::fmt::Write as _;
 
 use serde_json::json;
 
-use crate::cli::{Failure, error, print_json, print_rendered, table};
+use crate::cli::{Failure, error, paragraphs, print_json, print_rendered, table};
 use crate::recipe::{about, described, suggest_kind};
 use crate::report::harmless;
 use crate::report::style::{BOLD, DIM, paint};
@@ -65,7 +65,7 @@ pub(in crate::cli) fn run(args: &Args) -> Result<(), Failure> {
         "{} makes `{}`\n\n{}\n",
         paint(BOLD, kind.name),
         kind.output,
-        about(kind)
+        paragraphs(&about(kind)).trim_end()
     );
     for [name, kind, default, meaning] in parameters {
         let default = match default.as_str() {

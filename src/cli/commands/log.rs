@@ -3,7 +3,7 @@
 use std::time::{Duration, UNIX_EPOCH};
 
 use crate::cli::args::{RecipeArgs, StoreArgs};
-use crate::cli::console::look_of_output;
+use crate::cli::console::{Output, look_of_output};
 use crate::cli::project::Project;
 use crate::cli::{Failure, error, print};
 use crate::engine::{Event, LoggedEvent};
@@ -75,7 +75,7 @@ pub(super) fn replay(
     json: bool,
 ) {
     if json {
-        let mut lines = JsonLines::new(std::io::stdout());
+        let mut lines = JsonLines::new(Output);
         for logged in events {
             let time = UNIX_EPOCH + Duration::from_millis(logged.unix_ms);
             lines.event_at(&logged.event, time);
@@ -84,9 +84,9 @@ pub(super) fn replay(
     }
     let mut look = look_of_output();
     look.verbosity = Verbosity::Verbose;
-    let mut places = project.places(recipe);
-    places.recipe.clear();
-    let mut terminal = Terminal::new(places, look, std::io::stdout());
+    let mut names = project.recipe_names(recipe);
+    names.recipe.clear();
+    let mut terminal = Terminal::new(names, look, Output);
     for logged in events {
         terminal.event(&logged.event);
         terminal.flush();

@@ -31,7 +31,7 @@ pub(in crate::cli) struct Args {
     /// Fails if any input differs from what the lock file pins
     #[arg(long)]
     locked: bool,
-    /// Exits with 0 if there is nothing to do, with 2 if there is something, with 1 if that can't be told
+    /// Exits with 0 if there is nothing to do, with 2 if there is something, with 1 if that is not known
     #[arg(long)]
     exit_code: bool,
     /// The plan as JSON
@@ -179,8 +179,10 @@ impl Planned<'_> {
     }
 }
 
-/// The columns below which reasons are not wrapped, because there is too little room for them.
+/// The columns below which reasons stand below a stage's line, because there is too little room for them in it.
 const LEAST_FOR_REASONS: usize = 24;
+/// The columns of a digest as it is shown.
+const DIGEST: usize = 10;
 
 /// The lines of all stages; reasons are wrapped between words where a terminal has `columns`.
 fn table(planned: &[Planned<'_>], columns: Option<usize>) -> String {
@@ -224,18 +226,29 @@ fn table(planned: &[Planned<'_>], columns: Option<usize>) -> String {
         }
         let margin = names + kinds + 7 + 6 + costs.len();
         let is_fresh = matches!(state, State::Fresh { .. });
-        let room = columns
+        let beside = columns
             .map(|columns| columns.saturating_sub(margin))
-            .filter(|room| *room >= LEAST_FOR_REASONS)
-            .unwrap_or(usize::MAX);
-        let mut lines = why.iter().flat_map(|why| wrap(&harmless(why), room));
-        let first = lines.next().unwrap_or_default();
+            .filter(|room| *room >= LEAST_FOR_REASONS || is_fresh && *room >= DIGEST);
         text.push_str(&head);
         text.push_str(&paint(DIM, &costs));
+        // Where there is no room beside the costs, reasons stand below.
+        let (indent, room) = match (columns, beside) {
+            (None, _) => (margin, usize::MAX),
+            (Some(_), Some(room)) => (margin, room),
+            (Some(columns), None) => {
+                if !why.is_empty() {
+                    trim_end(&mut text);
+                    text.push_str("  ");
+                }
+                (2, columns.saturating_sub(2))
+            }
+        };
+        let mut lines = why.iter().flat_map(|why| wrap(&harmless(why), room));
+        let first = lines.next().unwrap_or_default();
         text.push_str(&if is_fresh { paint(DIM, &first) } else { first });
         trim_end(&mut text);
         for line in lines {
-            text.push_str(&" ".repeat(margin));
+            text.push_str(&" ".repeat(indent));
             text.push_str(&line);
             trim_end(&mut text);
         }

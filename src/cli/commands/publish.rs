@@ -16,12 +16,12 @@ use serde_json::{Value, json};
 use self::card::{Card, is_ours};
 use self::lineage::Lineage;
 use super::run::stop_waiting_on_interrupt;
-use crate::cli::args::{RecipeArgs, StoreArgs, assignment};
+use crate::cli::args::{ReadingArgs, RecipeArgs, StoreArgs};
 use crate::cli::project::{Project, run_env};
-use crate::cli::{Failure, eprint, eprint_warning, error, print, print_json};
+use crate::cli::{Failure, eprint, eprint_note, eprint_warning, error, print, print_json};
 use crate::engine::{Manifest, RunEnv, State};
 use crate::hub::{Contents, Hub, HubSettings, NewFile, Publication, Pushed, RepoKind, Watch};
-use crate::recipe::{Override, PUBLISHED, Publish};
+use crate::recipe::{PUBLISHED, Publish};
 use crate::report::bytes;
 
 const README: &str = "README.md";
@@ -75,12 +75,8 @@ pub(in crate::cli) struct Args {
     /// Tells what became of it as JSON
     #[arg(long)]
     json: bool,
-    /// Sets a value of the recipe, such as `vars.seed=1`; may be repeated
-    #[arg(long = "set", value_name = "PATH=VALUE", value_parser = assignment)]
-    set: Vec<Override>,
-    /// Allows the recipe to read files in this folder outside its project, also through links; may be repeated
-    #[arg(long, value_name = "DIR")]
-    allow_path: Vec<PathBuf>,
+    #[command(flatten)]
+    reading: ReadingArgs,
     #[command(flatten)]
     store: StoreArgs,
 }
@@ -110,7 +106,7 @@ impl Watch for Interruptible {
     }
 
     fn tell(&self, text: &str) {
-        eprint(&format!("note: {text}\n"));
+        eprint_note(text);
     }
 }
 
@@ -214,12 +210,7 @@ fn asked(args: &Args, mut publish: Publish) -> Publish {
 }
 
 fn of_recipe(args: &Args) -> Result<(Vec<Item>, Arc<RunEnv>), Failure> {
-    let recipe = RecipeArgs {
-        profile: Vec::new(),
-        recipe: args.target.clone(),
-        set: args.set.clone(),
-        allow_path: args.allow_path.clone(),
-    };
+    let recipe = RecipeArgs::of(&args.target, &args.reading);
     let project = Project::open(&recipe, &args.store)?;
     let path = project.recipe.path.display();
     let of = |stage: &str| {
@@ -388,8 +379,8 @@ fn publish(
     let is_theirs = there.as_deref().is_some_and(|text| !is_ours(text));
     if is_theirs && !args.overwrite_card {
         files.retain(|file| file.path != README);
-        eprint(&format!(
-            "note: the `{README}` of `{}` was written or changed by people and stays; `--overwrite-card` replaces it\n",
+        eprint_note(&format!(
+            "the `{README}` of `{}` was written or changed by people and stays; `--overwrite-card` replaces it",
             publish.repo
         ));
     } else if !own_card {

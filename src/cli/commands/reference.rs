@@ -15,8 +15,13 @@ pub fn reference() -> String {
     if let Some(codes) = command.get_after_help() {
         _ = writeln!(text, "{codes}");
     }
-    for command in visible(&command) {
-        section(&mut text, command, "pipeline", 2);
+    text.push_str("\n## Options of every command\n");
+    table(&mut text, &command.get_arguments().collect::<Vec<_>>());
+    for (title, commands) in help::grouped(&command) {
+        _ = write!(text, "\n## {title}\n");
+        for command in commands {
+            section(&mut text, command, "pipeline", 3);
+        }
     }
     text
 }
@@ -43,6 +48,14 @@ fn section(text: &mut String, command: &Command, above: &str, level: usize) {
     if let Some(more) = command.get_after_help() {
         indented(text, &more.to_string());
     }
+    table(text, &arguments);
+    for command in below {
+        section(text, command, &name, level + 1);
+    }
+}
+
+/// Arguments and what they mean.
+fn table(text: &mut String, arguments: &[&Arg]) {
     if !arguments.is_empty() {
         text.push_str("\n| argument | meaning |\n|---|---|\n");
     }
@@ -51,16 +64,16 @@ fn section(text: &mut String, command: &Command, above: &str, level: usize) {
             .get_help()
             .map(ToString::to_string)
             .unwrap_or_default();
+        let short = argument.get_short().map(|short| format!("`-{short}`, "));
         _ = writeln!(
             text,
-            "| `{}` | {}{} |",
-            self::name(argument),
+            "| {}`{}` | {}{}{} |",
+            short.unwrap_or_default(),
+            name(argument),
             help.replace('|', "\\|"),
-            values(argument)
+            values(argument),
+            default(argument)
         );
-    }
-    for command in below {
-        section(text, command, &name, level + 1);
     }
 }
 
@@ -122,4 +135,20 @@ fn values(argument: &Arg) -> String {
         return String::new();
     }
     format!(": {}", possible.join(", "))
+}
+
+/// The value without the option, where its help doesn't say it.
+fn default(argument: &Arg) -> String {
+    let values: Vec<_> = argument
+        .get_default_values()
+        .iter()
+        .map(|value| value.to_string_lossy())
+        .collect();
+    if values.is_empty()
+        || !argument.get_action().takes_values()
+        || argument.is_hide_default_value_set()
+    {
+        return String::new();
+    }
+    format!(" [default: {}]", values.join(" "))
 }

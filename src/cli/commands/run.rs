@@ -10,15 +10,15 @@ use std::time::Instant;
 use anyhow::Context as _;
 
 use crate::cli::args::{RecipeArgs, StoreArgs};
-use crate::cli::console::{look_of_errors, verbosity};
+use crate::cli::console::{Output, look_of_errors, verbosity};
 use crate::cli::leaving::{self, on_interrupt};
 use crate::cli::on_finish::{Finished, OnFinish};
 use crate::cli::project::Project;
 use crate::cli::remote::RemoteArgs;
 use crate::cli::tracking::tracking;
 use crate::cli::{
-    Failure, eprint, eprint_rendered, eprint_warning, error, includes, is_command, lock_file,
-    machine,
+    Failure, eprint, eprint_note, eprint_rendered, eprint_warning, error, includes, is_command,
+    lock_file, machine,
 };
 use crate::engine::{
     Bytes, DeviceChoice, Event, Machine, Options, PublishOptions, Published, RunLabel, Summary,
@@ -26,7 +26,9 @@ use crate::engine::{
 };
 use crate::recipe::RecipeStage;
 use crate::report::style::{BOLD, paint};
-use crate::report::{JsonLines, Places, Reporter, Terminal, Verbosity, harmless, quoted, report};
+use crate::report::{
+    JsonLines, RecipeNames, Reporter, Terminal, Verbosity, harmless, quoted, report,
+};
 
 #[derive(clap::Args)]
 pub(in crate::cli) struct Args {
@@ -124,10 +126,10 @@ pub(in crate::cli) fn run(args: &Args) -> Result<(), Failure> {
     leaving::stop_on_signal(&cancel, !says_it, project.jobs(), args.leave_jobs)?;
     let (events, received) = channel();
     let mut reporter: Box<dyn Reporter + Send> = if args.json {
-        Box::new(JsonLines::new(std::io::stdout()))
+        Box::new(JsonLines::new(Output))
     } else {
-        let places = project.places(&args.recipe);
-        Box::new(Terminal::new(places, look, std::io::stderr()))
+        let names = project.recipe_names(&args.recipe);
+        Box::new(Terminal::new(names, look, std::io::stderr()))
     };
     let mut log = project.event_log();
     let mut tracking = tracking(&project, args.name.as_deref())?;
@@ -216,7 +218,7 @@ pub(in crate::cli) fn run(args: &Args) -> Result<(), Failure> {
     }
     told?;
     if summary.ran > 0 && !args.json && verbosity() > Verbosity::Quiet {
-        suggest(&project, &targets, &project.places(&args.recipe));
+        suggest(&project, &targets, &project.recipe_names(&args.recipe));
     }
     Ok(())
 }
@@ -237,7 +239,7 @@ fn label_run(project: &Project, number: Option<u64>, label: RunLabel) -> anyhow:
 }
 
 /// The commands that are worth a try now.
-fn suggest(project: &Project, targets: &[usize], places: &Places) {
+fn suggest(project: &Project, targets: &[usize], names: &RecipeNames) {
     let needed = project.graph.needed(targets);
     let order = project.recipe.order().into_iter();
     let stages = order.filter(|&index| needed.get(index) == Some(&true));
@@ -253,7 +255,7 @@ fn suggest(project: &Project, targets: &[usize], places: &Places) {
     let mut suggest = |command: &str, stage: Option<&&RecipeStage>| {
         if is_command(command) {
             let stage = stage.map(|stage| stage.name.as_str());
-            commands.push(places.command(command, stage));
+            commands.push(names.command(command, stage));
         }
     };
     let trains = stages.iter().any(|stage| stage.stage.exclusive());
@@ -325,7 +327,7 @@ pub(in crate::cli) fn check_lock(project: &Project, locked: bool) -> Result<(), 
         let hint = format!("`pipeline lock --update {shown}` pins those at hand");
         return Err(Failure::Usage(error::with_hint(&message, &hint)));
     }
-    eprint(&format!("note: {message}\n"));
+    eprint_note(&message);
     Ok(())
 }
 

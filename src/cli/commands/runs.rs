@@ -8,7 +8,7 @@ use crate::cli::args::{RecipeArgs, StoreArgs};
 use crate::cli::gather::runs::{RunInfo, differing, is_watched, runs};
 use crate::cli::gather::{moment, number, plain};
 use crate::cli::project::Project;
-use crate::cli::{Failure, error, print, print_json, table};
+use crate::cli::{Failure, error, print, print_json, table_or_lists};
 use crate::report::duration;
 
 /// The longest value of a parameter in the table.
@@ -97,7 +97,7 @@ pub(in crate::cli) fn run(args: &Args) -> Result<(), Failure> {
     if args.csv {
         print(&csv(&rows)?);
     } else {
-        print(&table(&rows));
+        print(&table_or_lists(&rows));
     }
     Ok(())
 }

@@ -10,7 +10,7 @@ use crate::cli::args::{RecipeArgs, StoreArgs};
 use crate::cli::gather::evaluation::intervals;
 use crate::cli::gather::number;
 use crate::cli::project::{Project, load_vars};
-use crate::cli::{Failure, print, print_headed, print_json, table};
+use crate::cli::{Failure, paragraphs, print, print_headed, print_json, table};
 use crate::engine::{Estimate, Record, State, View, canonical_json};
 use crate::report::sparkline::sparkline;
 use crate::report::{ago, bytes, duration, quoted};
@@ -56,10 +56,8 @@ pub(in crate::cli) fn run(args: &Args) -> Result<(), Failure> {
     let mut text = about(&project, stage, &record, &folder);
     if let Some(State::Runs { .. } | State::WaitsOn { .. }) = project.plan().get(index) {
         let hint = format!("pipeline why {arguments}");
-        _ = writeln!(
-            text,
-            "\nThis is the last result; the stage is stale now: `{hint}` tells why."
-        );
+        let stale = format!("This is the last result; the stage is stale now: `{hint}` says why.");
+        _ = write!(text, "\n{}", paragraphs(&stale));
     }
     if !folder.is_dir() {
         _ = writeln!(

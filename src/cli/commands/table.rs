@@ -14,7 +14,7 @@ use crate::cli::gather::results::{Row, compared, results};
 use crate::cli::gather::runs::{is_watched, watched};
 use crate::cli::gather::{number, plain};
 use crate::cli::project::Project;
-use crate::cli::{Failure, error, print, print_json, table};
+use crate::cli::{Failure, error, print, print_json, table_or_lists};
 use condition::{Condition, column};
 
 #[derive(clap::Args)]
@@ -101,7 +101,7 @@ pub(in crate::cli) fn run(args: &Args) -> Result<(), Failure> {
     if args.json {
         let rows = rows.iter().enumerate();
         let rows: Vec<Value> = rows
-            .map(|(place, row)| as_json(row, best == Some(place)))
+            .map(|(index, row)| as_json(row, best == Some(index)))
             .collect();
         return print_json(&rows);
     }
@@ -115,7 +115,7 @@ pub(in crate::cli) fn run(args: &Args) -> Result<(), Failure> {
     } else if args.markdown {
         print(&markdown(&cells));
     } else {
-        print(&table(&cells));
+        print(&table_or_lists(&cells));
     }
     Ok(())
 }
@@ -202,14 +202,14 @@ fn compare(a: &Row, b: &Row, name: &str) -> Ordering {
 
 /// The row with the best value of a metric.
 fn best(rows: &[Row], name: &str) -> Option<usize> {
-    let values = rows.iter().enumerate().filter_map(|(place, row)| {
+    let values = rows.iter().enumerate().filter_map(|(index, row)| {
         let value = row.metrics.get(name).filter(|value| value.is_finite())?;
         let value = if less_is_better(name) { -value } else { *value };
-        Some((place, value))
+        Some((index, value))
     });
     // The first of those that are equally good.
     let best = values.reduce(|best, next| if next.1 > best.1 { next } else { best });
-    best.map(|(place, _)| place)
+    best.map(|(index, _)| index)
 }
 
 fn as_json(row: &Row, best: bool) -> Value {
@@ -256,14 +256,14 @@ fn cells(args: &Args, rows: &[Row], sorted: Option<&str>, best: Option<usize>) -
     head.extend(earlier.then(|| "now".to_owned()));
     head.extend(parameters.iter().chain(metrics.iter().copied()).cloned());
     let mut cells = vec![head];
-    for (place, row) in rows.iter().enumerate() {
+    for (index, row) in rows.iter().enumerate() {
         let mark = |is: bool, mark: &str| if is { mark } else { "" }.to_owned();
         let run = match (row.run, row.made) {
             (Some(run), _) => run.to_string(),
             (None, Some(_)) => "-".to_owned(),
             (None, None) => "not run".to_owned(),
         };
-        let mut cell = vec![mark(best == Some(place), "*"), row.stage.clone(), run];
+        let mut cell = vec![mark(best == Some(index), "*"), row.stage.clone(), run];
         cell.extend(earlier.then(|| mark(row.current, "yes")));
         cell.extend(parameters.iter().map(|name| {
             let value = row.parameters.get(name).map(plain).unwrap_or_default();

@@ -6,12 +6,12 @@ use std::path::PathBuf;
 
 use super::preview::trials::Trials;
 use super::run::warn_of_unused;
-use crate::cli::args::{RecipeArgs, StoreArgs};
+use crate::cli::args::{ReadingArgs, RecipeArgs, StoreArgs};
 use crate::cli::console::verbosity;
 use crate::cli::project::Project;
 use crate::cli::{Failure, eprint_rendered, error, print};
 use crate::engine::{Artifact as _, files_at};
-use crate::recipe::{Override, SourceSpan};
+use crate::recipe::SourceSpan;
 use crate::report::{Verbosity, count};
 use crate::stages::artifacts::Chats;
 
@@ -23,12 +23,8 @@ pub(in crate::cli) struct Args {
     /// The recipes, YAML files
     #[arg(required = true, value_name = "RECIPE")]
     recipes: Vec<PathBuf>,
-    /// Sets a value of the recipes, such as `vars.seed=1`; may be repeated
-    #[arg(long = "set", value_name = "PATH=VALUE", value_parser = crate::cli::args::assignment)]
-    set: Vec<Override>,
-    /// Allows the recipes to read files in this folder outside their project, also through links; may be repeated
-    #[arg(long, value_name = "DIR")]
-    allow_path: Vec<PathBuf>,
+    #[command(flatten)]
+    reading: ReadingArgs,
     /// Checks the recipes alone, and not whether the files they read are there and can be read
     #[arg(long)]
     no_files: bool,
@@ -39,12 +35,7 @@ pub(in crate::cli) struct Args {
 pub(in crate::cli) fn run(args: &Args) -> Result<(), Failure> {
     let mut failure = None;
     for recipe in &args.recipes {
-        let recipe = RecipeArgs {
-            profile: Vec::new(),
-            recipe: recipe.clone(),
-            set: args.set.clone(),
-            allow_path: args.allow_path.clone(),
-        };
+        let recipe = RecipeArgs::of(recipe, &args.reading);
         if let Err(failed) = validate(&recipe, args) {
             // The next recipe may be wrong as well.
             match failed {

@@ -75,11 +75,11 @@ pub(in crate::cli) fn page(project: &Project, live: bool, memo: &mut Memo) -> an
         environment: environment::environment(project),
         ..Page::default()
     };
-    for (place, standing) in standings.iter().enumerate() {
+    for (index, standing) in standings.iter().enumerate() {
         add(
             project,
             &mut page,
-            place,
+            index,
             standing,
             &runs,
             running.as_deref(),
@@ -94,7 +94,7 @@ pub(in crate::cli) fn page(project: &Project, live: bool, memo: &mut Memo) -> an
 fn add(
     project: &Project,
     page: &mut Page,
-    place: usize,
+    index: usize,
     standing: &Standing,
     runs: &[Run],
     running: Option<&[LoggedEvent]>,
@@ -114,7 +114,7 @@ fn add(
     };
     if record.output == Scores::NAME {
         let earlier = earlier(project, runs, &stage.name, record);
-        let mut evaluation = evaluation::evaluation(project, place, record, &earlier);
+        let mut evaluation = evaluation::evaluation(project, index, record, &earlier);
         if let Some(evaluation) = &mut evaluation {
             stage.name.clone_into(&mut evaluation.name);
         }

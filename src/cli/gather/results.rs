@@ -66,7 +66,7 @@ pub(in crate::cli) fn results(project: &Project, wanted: &[usize]) -> Vec<Row> {
         numbers: BTreeMap::new(),
     };
     let mut rows: Vec<Row> = Vec::new();
-    let mut places: BTreeMap<(String, String), usize> = BTreeMap::new();
+    let mut index_of: BTreeMap<(String, String), usize> = BTreeMap::new();
     for run in project.runs() {
         for (name, stage) in &run.stages {
             let is_there = project.recipe.stage(name).is_some();
@@ -82,10 +82,10 @@ pub(in crate::cli) fn results(project: &Project, wanted: &[usize]) -> Vec<Row> {
                 continue;
             };
             let key = (row.declared.clone(), stage.fingerprint.clone());
-            if let Some(place) = places.get(&key) {
-                rows[*place] = row;
+            if let Some(index) = index_of.get(&key) {
+                rows[*index] = row;
             } else {
-                places.insert(key, rows.len());
+                index_of.insert(key, rows.len());
                 rows.push(row);
             }
         }
@@ -102,12 +102,12 @@ pub(in crate::cli) fn results(project: &Project, wanted: &[usize]) -> Vec<Row> {
         let stage = &project.recipe.stages[index];
         let there = records.get(&index).and_then(|record| {
             let key = (stage.declared.clone(), record.fingerprint.digest());
-            places.get(&key).copied()
+            index_of.get(&key).copied()
         });
         match there {
-            Some(place) => {
-                let run = rows[place].run;
-                rows[place] = Row { run, ..row };
+            Some(index) => {
+                let run = rows[index].run;
+                rows[index] = Row { run, ..row };
             }
             None => rows.push(row),
         }

@@ -110,15 +110,29 @@ pub(in crate::cli) fn watched() -> impl Iterator<Item = &'static str> {
 
 /// Whether a metric stands for its stage in a table that has no room for all.
 pub(in crate::cli) fn is_watched(name: &str) -> bool {
-    let metric = name.split_once('.').map_or(name, |(_, metric)| metric);
+    // The names of stages may have dots, those of metrics don't.
+    let metric = name.rsplit_once('.').map_or(name, |(_, metric)| metric);
     OF_TRAININGS.contains(&metric) || OF_EVALUATIONS.contains(&metric)
+}
+
+/// Whether `name` is that of a parameter of this stage.
+fn is_of(name: &str, stage: &str) -> bool {
+    let rest = name.strip_prefix(stage);
+    rest.is_some_and(|rest| rest.starts_with('.'))
 }
 
 /// The names of parameters whose values are not the same in all of these runs.
 pub(in crate::cli) fn differing(runs: &[&RunInfo]) -> Vec<String> {
     let names: BTreeSet<&String> = runs.iter().flat_map(|run| run.parameters.keys()).collect();
+    // A stage that a run does not know differs in nothing; of one that it knows, an optional parameter may be absent.
+    let knows = |run: &&&RunInfo, name: &str| {
+        let stages = run.run.stages.keys();
+        let mut stages = stages.filter(|stage| is_of(name, stage));
+        stages.any(|stage| run.parameters.keys().any(|other| is_of(other, stage)))
+    };
     let differs = |name: &&String| {
-        let mut values = runs.iter().map(|run| run.parameters.get(*name));
+        let knowing = runs.iter().filter(|run| knows(run, name));
+        let mut values = knowing.map(|run| run.parameters.get(*name));
         let first = values.next().flatten();
         values.any(|value| value != first)
     };

@@ -58,10 +58,10 @@ pub(in crate::cli) fn chart(attempts: &[Attempt], name: &str) -> Chart {
             });
         }
     };
-    for (place, attempt) in attempts.iter().enumerate() {
-        let look = if place == 0 { Look::Line } else { Look::Thin };
-        add(attempt.label(), color(place), look, attempt.points(name));
-        if place == 0 {
+    for (index, attempt) in attempts.iter().enumerate() {
+        let look = if index == 0 { Look::Line } else { Look::Thin };
+        add(attempt.label(), color(index), look, attempt.points(name));
+        if index == 0 {
             let points = attempt.points(&format!("{EVAL}{name}"));
             add("evaluation".into(), EVAL_COLOR, Look::Marks, points);
         }
@@ -74,8 +74,8 @@ pub(in crate::cli) fn chart(attempts: &[Attempt], name: &str) -> Chart {
 }
 
 /// The colour of an attempt: the second one is that of evaluations.
-pub(in crate::cli) fn color(place: usize) -> usize {
-    if place == 0 { 0 } else { place + 1 }
+pub(in crate::cli) fn color(index: usize) -> usize {
+    if index == 0 { 0 } else { index + 1 }
 }
 
 /// A training for the page.
@@ -92,14 +92,14 @@ pub(super) fn training(
     };
     let names = names(attempts);
     let mut legend = Vec::new();
-    for (place, attempt) in attempts.iter().enumerate() {
-        let detail = match (place, &current.record, &attempt.record) {
+    for (index, attempt) in attempts.iter().enumerate() {
+        let detail = match (index, &current.record, &attempt.record) {
             (0, ..) => String::new(),
             (_, Some(now), Some(then)) => changes(then, now),
             _ => String::new(),
         };
-        legend.push(LegendEntry::new(attempt.label(), color(place), detail));
-        if place == 0 && current.names().iter().any(|name| name.starts_with(EVAL)) {
+        legend.push(LegendEntry::new(attempt.label(), color(index), detail));
+        if index == 0 && current.names().iter().any(|name| name.starts_with(EVAL)) {
             legend.push(LegendEntry::new(
                 "evaluation".into(),
                 EVAL_COLOR,
@@ -223,9 +223,9 @@ pub(in crate::cli) fn table(attempt: &Attempt, names: &[String]) -> (Table, Opti
         .collect();
     let stride = steps.len().div_ceil(MOST_ROWS).max(1);
     let last = steps.len().saturating_sub(1);
-    let rows = steps.iter().enumerate().filter(|(place, (_, values))| {
+    let rows = steps.iter().enumerate().filter(|(index, (_, values))| {
         let evaluated = values.keys().any(|name| name.starts_with(EVAL));
-        place % stride == 0 || *place == last || evaluated
+        index % stride == 0 || *index == last || evaluated
     });
     let rows: Vec<Vec<String>> = rows
         .map(|(_, (step, values))| {

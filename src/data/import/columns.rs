@@ -171,10 +171,10 @@ impl Union {
         let field = self.field(name);
         let schema: SchemaRef = batch.schema();
         let rows = batch.num_rows();
-        let Some((place, theirs)) = schema.column_with_name(name) else {
+        let Some((index, theirs)) = schema.column_with_name(name) else {
             return Ok(new_null_array(field.data_type(), rows));
         };
-        let column = batch.column(place);
+        let column = batch.column(index);
         if *theirs.data_type() == DataType::Null {
             return Ok(new_null_array(field.data_type(), rows));
         }

@@ -195,8 +195,8 @@ impl Rows {
         place: &dyn Fn(usize) -> String,
     ) {
         let column = |name: &str| {
-            let place = self.steps.iter().position(|(known, _)| *known == name)?;
-            columns.get(place)
+            let index = self.steps.iter().position(|(known, _)| *known == name)?;
+            columns.get(index)
         };
         let missing =
             |name: &str, row: usize| column(name).is_none_or(|column| column.is_null(row));

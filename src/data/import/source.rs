@@ -119,11 +119,11 @@ pub(super) fn open_all(paths: &[PathBuf], options: &ImportOptions) -> Result<Vec
     // The number of usable rows of a file is not known before they are read.
     let is_counted = options.max_rows.is_some() && options.skip_invalid_rows == 0;
     let more = usize::try_from(options.skip_invalid_rows).unwrap_or(usize::MAX);
-    for (place, path) in paths.iter().enumerate() {
+    for (index, path) in paths.iter().enumerate() {
         if left == 0 {
             break;
         }
-        let is_counted = is_counted && place + 1 < paths.len();
+        let is_counted = is_counted && index + 1 < paths.len();
         let (source, rows) = open(path, options, left.saturating_add(more), is_counted)?;
         sources.push(source);
         left -= rows.min(left);

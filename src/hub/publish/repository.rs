@@ -76,7 +76,7 @@ impl Hub<'_> {
             if self.settings.token_withheld {
                 "unset `HF_HUB_DISABLE_IMPLICIT_TOKEN`, which keeps yours back"
             } else {
-                "set `HF_TOKEN`, or log in with `hf auth login`"
+                "set `HF_TOKEN`, or log in with `pipeline login`"
             }
         );
         Ok(())
@@ -224,7 +224,7 @@ impl Hub<'_> {
                 says: said,
                 ..
             } => anyhow!(
-                "{what}: the token is wrong or has expired, or may not see it (401){}; set `HF_TOKEN` anew or log in with `hf auth login`",
+                "{what}: the token is wrong or has expired, or may not see it (401){}; set `HF_TOKEN` anew or log in with `pipeline login`",
                 says(said)
             ),
             HttpError::Status {

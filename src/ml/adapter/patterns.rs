@@ -114,9 +114,9 @@ impl Orders {
         object: &'a serde_json::Map<String, Value>,
     ) -> Vec<(&'a String, &'a Value)> {
         let order = self.0.get(key).map_or(&[][..], Vec::as_slice);
-        let place = |name: &String| order.iter().position(|other| other == name);
+        let rank = |name: &String| order.iter().position(|other| other == name);
         let mut entries: Vec<_> = object.iter().collect();
-        entries.sort_by_key(|(name, _)| place(name).unwrap_or(usize::MAX));
+        entries.sort_by_key(|(name, _)| rank(name).unwrap_or(usize::MAX));
         entries
     }
 }

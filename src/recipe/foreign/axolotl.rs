@@ -217,26 +217,11 @@ pub(super) const KEYS: Table = &[
     ),
     ("special_tokens", Becomes("a stage `add_tokens`")),
     ("tokens", Becomes("add_tokens.tokens")),
-    (
-        "wandb_project",
-        Needless("every step is in the result; `pipeline show` prints it"),
-    ),
-    (
-        "wandb_entity",
-        Needless("every step is in the result; `pipeline show` prints it"),
-    ),
-    (
-        "wandb_watch",
-        Needless("every step is in the result; `pipeline show` prints it"),
-    ),
-    (
-        "wandb_name",
-        Needless("every step is in the result; `pipeline show` prints it"),
-    ),
-    (
-        "wandb_log_model",
-        Needless("every step is in the result; `pipeline show` prints it"),
-    ),
+    ("wandb_project", Lacks(super::WANDB)),
+    ("wandb_entity", Lacks(super::WANDB)),
+    ("wandb_watch", Lacks(super::WANDB)),
+    ("wandb_name", Lacks(super::WANDB)),
+    ("wandb_log_model", Lacks(super::WANDB)),
     ("strict", Needless("unknown keys are always mistakes")),
     ("debug", Needless("`pipeline show` looks inside a result")),
     ("plugins", Lacks("there are no plugins")),

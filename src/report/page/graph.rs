@@ -18,9 +18,9 @@ const DOWN: usize = 38;
 /// What stands in a row.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Item {
-    /// The stage at this place.
+    /// The stage at this index.
     Stage(usize),
-    /// The edge at this place, on its way to a lower row.
+    /// The edge at this index, on its way to a lower row.
     Lane(usize),
 }
 
@@ -40,7 +40,7 @@ struct Edge {
     to: usize,
 }
 
-/// Draws the stages as SVG. A stage links to its part of the page, `#stage-<place>`.
+/// Draws the stages as SVG. A stage links to its part of the page, `#stage-<index>`.
 pub(super) fn draw(stages: &[Stage]) -> String {
     let edges = edges(stages);
     let depth = depths(stages);
@@ -87,15 +87,15 @@ pub(super) fn draw(stages: &[Stage]) -> String {
         }
         _ = writeln!(svg, "<path d=\"{path}\" marker-end=\"url(#tip)\"/>");
     }
-    for (place, stage) in stages.iter().enumerate() {
-        let (x, y) = (middles[place] - WIDTH / 2, top(depth[place]));
+    for (index, stage) in stages.iter().enumerate() {
+        let (x, y) = (middles[index] - WIDTH / 2, top(depth[index]));
         let below = match &stage.seconds {
             Some(seconds) => format!("{} · {seconds}", stage.state_label),
             None => stage.state_label.clone(),
         };
         _ = writeln!(
             svg,
-            "<a href=\"#stage-{place}\" aria-label=\"{name}, {kind}, {below}\"><g class=\"{state}\"><rect x=\"{x}\" y=\"{y}\" width=\"{WIDTH}\" \
+            "<a href=\"#stage-{index}\" aria-label=\"{name}, {kind}, {below}\"><g class=\"{state}\"><rect x=\"{x}\" y=\"{y}\" width=\"{WIDTH}\" \
              height=\"{HEIGHT}\" rx=\"6\"/><text x=\"{left}\" y=\"{first}\">{short}</text><text class=\"small\" x=\"{left}\" \
              y=\"{second}\">{below}</text></g></a>",
             name = escape(&stage.name),
@@ -129,11 +129,11 @@ fn depths(stages: &[Stage]) -> Vec<usize> {
     let mut depth = vec![0; stages.len()];
     for _ in 0..stages.len() {
         let mut settled = true;
-        for (place, stage) in stages.iter().enumerate() {
+        for (index, stage) in stages.iter().enumerate() {
             let above = stage.inputs.iter().map(|input| depth[input.1] + 1).max();
             let above = above.unwrap_or(0);
-            if depth[place] < above && above < stages.len() {
-                depth[place] = above;
+            if depth[index] < above && above < stages.len() {
+                depth[index] = above;
                 settled = false;
             }
         }
@@ -148,16 +148,16 @@ fn depths(stages: &[Stage]) -> Vec<usize> {
 fn rows(count: usize, edges: &[Edge], depth: &[usize]) -> Vec<Vec<Item>> {
     let deepest = depth.iter().max().map_or(0, |deepest| deepest + 1);
     let mut rows = vec![Vec::new(); deepest];
-    for place in 0..count {
-        rows[depth[place]].push(Item::Stage(place));
+    for index in 0..count {
+        rows[depth[index]].push(Item::Stage(index));
     }
-    for (place, edge) in edges.iter().enumerate() {
+    for (index, edge) in edges.iter().enumerate() {
         for row in rows
             .iter_mut()
             .take(depth[edge.to])
             .skip(depth[edge.from] + 1)
         {
-            row.push(Item::Lane(place));
+            row.push(Item::Lane(index));
         }
     }
     // Where stages and edges were last seen, from the middle of their row.

@@ -42,7 +42,7 @@ pub struct Stage {
     pub state_text: Option<String>,
     /// Why it would run.
     pub reasons: Vec<String>,
-    /// What it is made from: the parameter, the stage's place in [`Page::stages`], and its name.
+    /// What it is made from: the parameter, the stage's index in [`Page::stages`], and its name.
     pub inputs: Vec<(String, usize, String)>,
     /// How long it took.
     pub seconds: Option<String>,
@@ -68,7 +68,7 @@ pub struct LegendEntry {
 }
 
 impl LegendEntry {
-    /// An entry for the lines of the colour at this place in [`COLORS`].
+    /// An entry for the lines of the colour at this index in [`COLORS`].
     pub fn new(name: String, color: usize, detail: String) -> Self {
         Self {
             name,
@@ -150,7 +150,7 @@ pub struct Answer {
 /// An evaluation.
 #[derive(Debug, Clone, Default, Serialize)]
 pub struct Evaluation {
-    /// The stage's place.
+    /// The stage's index.
     pub stage: usize,
     /// The stage's name.
     pub name: String,
@@ -239,7 +239,7 @@ pub fn render(page: &Page) -> anyhow::Result<String> {
     templates.add_template("page", include_str!("page.html"))?;
     let mut style = include_str!("page.css").to_owned();
     let colors = COLORS.iter().enumerate();
-    let colors = colors.map(|(place, color)| (hex(*color), format!("var(--c{place})")));
+    let colors = colors.map(|(index, color)| (hex(*color), format!("var(--c{index})")));
     let others = [
         (hex(chart::INK), "var(--label)".to_owned()),
         (hex(chart::GRID), "var(--grid)".to_owned()),

@@ -93,7 +93,7 @@ impl Tracker for Trackio {
     }
 
     fn log(&mut self, points: &[Point]) -> anyhow::Result<()> {
-        let logs = points.iter().enumerate().map(|(place, point)| {
+        let logs = points.iter().enumerate().map(|(index, point)| {
             let values = finite(&point.values).map(|(name, value)| (tag(name), json!(value)));
             json!({
                 "project": self.project,
@@ -103,7 +103,7 @@ impl Tracker for Trackio {
                 "metrics": values.collect::<serde_json::Map<_, _>>(),
                 "config": self.parameters,
                 // What is sent again after an answer that got lost is kept once.
-                "log_id": format!("{}-{}", self.id, self.sent + place as u64),
+                "log_id": format!("{}-{}", self.id, self.sent + index as u64),
             })
         });
         let logs = Value::Array(logs.collect());

@@ -75,7 +75,7 @@ pub struct AttachLora {
     /// Whether the update is multiplied by `lora_alpha / sqrt(r)` instead (rank-stabilised LoRA).
     #[serde(default)]
     use_rslora: bool,
-    /// Whether the lengths of the rows of weight plus update are trained as well (`DoRA`, arXiv 2402.09353). It costs one more
+    /// Whether the norms of the rows of weight plus update are trained as well (`DoRA`, arXiv 2402.09353). It costs one more
     /// product of two matrices for each module and step.
     #[serde(default, skip_serializing_if = "is_off")]
     use_dora: bool,

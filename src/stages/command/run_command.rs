@@ -124,7 +124,7 @@ impl Stage for RunCommand {
                 problems.push(Problem::new(format!("inputs.{name}"), "expected a stage"));
             }
         }
-        for (place, argument) in self.command.iter().enumerate() {
+        for (index, argument) in self.command.iter().enumerate() {
             for (sort, known) in [
                 ("input", self.inputs.keys().collect::<Vec<_>>()),
                 ("file", self.files.keys().collect()),
@@ -134,15 +134,15 @@ impl Stage for RunCommand {
                     let name = rest.split('}').next().unwrap_or_default();
                     if !known.iter().any(|known| *known == name) {
                         let message = format!("`{start}{name}}}` names nothing in `{sort}s`");
-                        problems.push(Problem::new(format!("command[{place}]"), message));
+                        problems.push(Problem::new(format!("command[{index}]"), message));
                     }
                 }
             }
         }
-        for (place, name) in self.env.iter().enumerate() {
+        for (index, name) in self.env.iter().enumerate() {
             if !plain(name) {
                 let message = format!("`{name}` is not the name of an environment variable");
-                let problem = Problem::new(format!("env[{place}]"), message);
+                let problem = Problem::new(format!("env[{index}]"), message);
                 problems.push(
                     problem.hint("the value comes from the environment that `pipeline` runs in"),
                 );

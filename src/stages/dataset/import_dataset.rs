@@ -126,7 +126,7 @@ impl Stage for ImportDataset {
 
     fn check(&self) -> Vec<Problem> {
         let mut problems = self.check_paths();
-        let top = Place {
+        let top = ReadOptions {
             at: String::new(),
             columns: Some(&self.columns),
             format: &self.format,
@@ -135,14 +135,14 @@ impl Stage for ImportDataset {
         };
         top.check(&mut problems);
         for (number, part) in self.datasets.iter().enumerate() {
-            let place = Place {
+            let options = ReadOptions {
                 at: format!("datasets[{number}]."),
                 columns: part.columns.as_ref(),
                 format: &part.format,
                 delimiter: part.delimiter.as_deref(),
                 encoding: part.encoding.as_deref(),
             };
-            place.check(&mut problems);
+            options.check(&mut problems);
         }
         if !is_split(&self.split) {
             problems.push(Problem::new(
@@ -492,7 +492,7 @@ fn written(paths: &Paths) -> String {
 }
 
 /// What the recipe says of how files are read, in one place of it.
-struct Place<'a> {
+struct ReadOptions<'a> {
     at: String,
     columns: Option<&'a BTreeMap<String, String>>,
     format: &'a RowFormats,
@@ -500,7 +500,7 @@ struct Place<'a> {
     encoding: Option<&'a str>,
 }
 
-impl Place<'_> {
+impl ReadOptions<'_> {
     fn check(&self, problems: &mut Vec<Problem>) {
         let at = &self.at;
         let columns = self.columns.into_iter().flat_map(BTreeMap::keys);

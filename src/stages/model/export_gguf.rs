@@ -36,8 +36,8 @@ const TEXTS: [&str; 5] = [
 ];
 
 /// Writes a model to one GGUF file, which llama.cpp, Ollama and LM Studio open: weights, tokenizer, special and stop tokens, and the chat
-/// template. Beside it is a `Modelfile` for `ollama create`, whose TEMPLATE renders as the chat template does; where that can't be told in
-/// Ollama's language, a warning says so and llama.cpp's own use of the chat template remains.
+/// template. Beside it is a `Modelfile` for `ollama create`, whose TEMPLATE renders as the chat template does; where Ollama's
+/// language can't express it, a warning says so and llama.cpp's own use of the chat template remains.
 ///
 /// Weights are quantised as llama.cpp's `llama-quantize` does it without an importance matrix, to the same bytes, with the same types for
 /// the same tensors: norms and biases in f32, the head and in `q4_k_m` and `q5_k_m` half of the most sensitive tensors with 6 bits; rows

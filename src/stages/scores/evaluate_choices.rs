@@ -263,12 +263,12 @@ fn encode(
     Ok((prompt, continuation))
 }
 
-/// The place of the largest value; of equal ones the first.
+/// The index of the largest value; of equal ones the first.
 fn largest(values: impl Iterator<Item = f64>) -> usize {
     let best = values
         .enumerate()
         .reduce(|best, next| if next.1 > best.1 { next } else { best });
-    best.map_or(0, |(place, _)| place)
+    best.map_or(0, |(index, _)| index)
 }
 
 /// What a side took, question by question.
@@ -358,7 +358,7 @@ impl Measure for Parameters {
         }
         let mut lines = String::new();
         for (row, one) in asked.iter().enumerate() {
-            let choice = |place: usize| Value::from(one.question.choices[place].as_str());
+            let choice = |index: usize| Value::from(one.question.choices[index].as_str());
             let mut line = Map::new();
             line.insert("prompt".into(), one.text.as_str().into());
             line.insert("chosen".into(), choice(one.question.answer));

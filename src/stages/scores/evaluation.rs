@@ -51,7 +51,7 @@ pub struct EvaluationArguments {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(extend("examples" = ["tuned"]))]
     pub(super) adapter: Option<Input<Adapter>>,
-    /// Another model to compare with, in the place of the model without the adapter. It must have the same tokens, except in
+    /// Another model to compare with, in place of the model without the adapter. It must have the same tokens, except in
     /// `evaluate_choices`, where each model reads the questions with its own tokenizer.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(extend("examples" = ["base"]))]

@@ -17,7 +17,7 @@ use super::chat_template;
 use super::labelled::Labelled;
 use super::shards::{Rows, make_shard};
 use super::tokenizers::load;
-use crate::data::lint::{Lint, Place};
+use crate::data::lint::{Lint, RowLocation};
 use crate::data::ranges;
 use crate::data::table::{Split, Writer, pass_pieces, splits};
 use crate::data::tokens::{Columns, TokenRow, batch, schema};
@@ -426,14 +426,14 @@ impl Tokenize {
             let rows = rows.and_then(|make| rows_of_split.next(texts.num_rows(), 8, make));
             let mut kept = Vec::with_capacity(texts.num_rows());
             for (sides, number) in rows?.into_iter().zip(done + 1..) {
-                let place = || Place {
+                let location = || RowLocation {
                     row: number,
                     split: split.name(),
                 };
                 for (side, row) in sides.into_iter().enumerate() {
                     match row {
                         Ok(TokenizedRow { ids, marks }) => {
-                            counts.add(&ids, place(), tokenizer, vocabulary)?;
+                            counts.add(&ids, location(), tokenizer, vocabulary)?;
                             let row = token_row(ids, marks);
                             match (unpairs, side) {
                                 (false, _) => kept.push(row),
@@ -441,7 +441,7 @@ impl Tokenize {
                                 (true, _) => rejected_rows.push(row),
                             }
                         }
-                        Err(cause) => counts.drop(cause, place()),
+                        Err(cause) => counts.drop(cause, location()),
                     }
                 }
                 if unpairs && (number % UNPAIRED_AT_ONCE == 0 || number == split.rows()) {

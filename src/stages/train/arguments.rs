@@ -236,7 +236,7 @@ pub struct TrainingArguments {
     #[schemars(extend("examples" = [2]))]
     skip_nan_steps: u64,
     /// A training whose loss is above this for `loss_watchdog_patience` steps in a row is stopped, with a checkpoint, instead of running on
-    /// for nothing. Without it, a loss that explodes or no longer moves is only told.
+    /// for nothing. Without it, a loss that explodes or no longer moves is only reported.
     #[serde(default, skip_serializing_if = "is_unset")]
     loss_watchdog_threshold: Neutral<Option<f64>>,
     /// How many steps in a row the loss may be above `loss_watchdog_threshold` before the training is stopped.
@@ -260,7 +260,7 @@ pub struct TrainingArguments {
     save_total_limit: Neutral<usize>,
     /// Where else metrics are sent while the training runs: `none`, or one or several of `tensorboard` (event files below
     /// `TENSORBOARD_LOGGING_DIR`, by default `.pipeline/tensorboard`), `mlflow` (the server at `MLFLOW_TRACKING_URI`) and `trackio` (the
-    /// server at `TRACKIO_SERVER_URL`). A tracker that can't be reached is told and holds nothing up.
+    /// server at `TRACKIO_SERVER_URL`). A tracker that can't be reached is a warning and holds nothing up.
     #[serde(default = "report_to")]
     report_to: Neutral<ReportTo>,
 }

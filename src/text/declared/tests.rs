@@ -83,17 +83,17 @@ fn ids_are_those_of_transformers_whatever_file_names_a_token() {
             let found = token.as_ref().map(|token| (&token.text, token.id));
             assert_eq!(found, text.as_ref().zip(*id), "{name}: {which}");
         }
-        for (place, text) in texts.iter().enumerate() {
+        for (index, text) in texts.iter().enumerate() {
             assert_eq!(
                 tokenizer.encode(text).unwrap(),
-                case.ids[place],
+                case.ids[index],
                 "{name}: {text:?}"
             );
             let ids = tokenizer.encode_with_special(text).unwrap();
-            assert_eq!(ids, case.ids_with_special[place], "{name}: {text:?}");
+            assert_eq!(ids, case.ids_with_special[index], "{name}: {text:?}");
             assert_eq!(
                 tokenizer.decode(&ids, true).unwrap(),
-                case.decoded[place],
+                case.decoded[index],
                 "{name}: {text:?}"
             );
         }
@@ -137,7 +137,7 @@ fn settings_of_another_shape_are_told() {
         (r#"{"extra_special_tokens": [5]}"#, "`extra_special_tokens`"),
         (
             r#"{"added_tokens_decoder": {"x": {"content": "y"}}}"#,
-            "in the place of an id",
+            "in place of an id",
         ),
         (r#"{"added_tokens_decoder": {"7": 1}}"#, "id 7"),
     ] {

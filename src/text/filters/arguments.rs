@@ -23,16 +23,16 @@ pub(super) fn bind<const N: usize>(
         *bound = Some(value);
     }
     for name in by_name.args() {
-        let place = names.iter().position(|known| *known == name);
-        let Some(place) = place.filter(|_| !name.is_empty()) else {
+        let index = names.iter().position(|known| *known == name);
+        let Some(index) = index.filter(|_| !name.is_empty()) else {
             return Err(fail(format!("`{what}` has no argument `{name}`")));
         };
-        if bound[place].is_some() {
+        if bound[index].is_some() {
             return Err(fail(format!(
                 "`{what}` is given the argument `{name}` twice"
             )));
         }
-        bound[place] = Some(by_name.peek::<Value>(name)?);
+        bound[index] = Some(by_name.peek::<Value>(name)?);
     }
     Ok(bound)
 }

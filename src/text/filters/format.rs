@@ -194,8 +194,8 @@ impl Look {
         let mut whole = whole.to_owned();
         loop {
             let mut grouped = String::new();
-            for (place, digit) in whole.chars().enumerate() {
-                if place > 0 && (whole.len() - place).is_multiple_of(size) {
+            for (index, digit) in whole.chars().enumerate() {
+                if index > 0 && (whole.len() - index).is_multiple_of(size) {
                     grouped.push(between);
                 }
                 grouped.push(digit);
@@ -535,7 +535,7 @@ impl Fields<'_> {
             first
                 .parse::<usize>()
                 .ok()
-                .and_then(|place| self.by_place.get(place).cloned())
+                .and_then(|index| self.by_place.get(index).cloned())
         } else {
             self.by_name.peek::<Value>(first).ok()
         }

@@ -34,8 +34,8 @@ pub(super) fn tojson(state: &State, value: &Value, args: &[Value]) -> Result<Val
     };
     let (item, key) = match given(separators) {
         Some(pair) => {
-            let part = |place: usize| -> Result<String, Error> {
-                let part = pair.get_item_by_index(place)?;
+            let part = |index: usize| -> Result<String, Error> {
+                let part = pair.get_item_by_index(index)?;
                 let text = part.as_str().filter(|_| pair.len() == Some(2));
                 text.map(str::to_owned)
                     .ok_or_else(|| fail("`separators` must be two texts"))
@@ -94,8 +94,8 @@ impl Json<'_> {
             ValueKind::Seq | ValueKind::Iterable if !is_iterator(value) => {
                 self.output.push('[');
                 let mut empty = true;
-                for (place, item) in value.try_iter()?.checked().enumerate() {
-                    self.start(place, depth + 1);
+                for (index, item) in value.try_iter()?.checked().enumerate() {
+                    self.start(index, depth + 1);
                     self.value(&item?, depth + 1)?;
                     empty = false;
                 }
@@ -120,8 +120,8 @@ impl Json<'_> {
             keys.sort();
         }
         self.output.push('{');
-        for (place, key) in keys.iter().enumerate() {
-            self.start(place, depth + 1);
+        for (index, key) in keys.iter().enumerate() {
+            self.start(index, depth + 1);
             self.text(&key_text(key)?);
             self.output.push_str(&self.key);
             self.value(&value.get_item(key)?, depth + 1)?;
@@ -131,8 +131,8 @@ impl Json<'_> {
         Ok(())
     }
 
-    fn start(&mut self, place: usize, depth: usize) {
-        if place > 0 {
+    fn start(&mut self, index: usize, depth: usize) {
+        if index > 0 {
             self.output.push_str(&self.item);
         }
         self.line(depth);

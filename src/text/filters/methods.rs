@@ -96,7 +96,7 @@ impl<'a> Window<'a> {
             });
         }
         let count = whole.chars().count() as i64;
-        let place = |at: i64| {
+        let bound = |at: i64| {
             if at < 0 {
                 (count + at).max(0)
             } else {
@@ -104,8 +104,8 @@ impl<'a> Window<'a> {
             }
         };
         let beyond = start.is_some_and(|start| start > count);
-        let first = place(start.unwrap_or(0));
-        let last = place(end.unwrap_or(count)).max(first);
+        let first = bound(start.unwrap_or(0));
+        let last = bound(end.unwrap_or(count)).max(first);
         let byte = |at: i64| {
             whole
                 .char_indices()
@@ -224,7 +224,7 @@ fn string(
             let window = Window::new(name, own, start.as_ref(), end.as_ref())?;
             let found = window.find(text(name, &part)?, name.starts_with('r'));
             match found {
-                Some(place) => Value::from(place),
+                Some(index) => Value::from(index),
                 None if name.ends_with("find") => Value::from(-1),
                 None => return Err(fail(format!("`{name}` does not find the text"))),
             }
@@ -399,20 +399,20 @@ pub(super) fn replace(
 /// Python's `str.join`. Fuel is paid for the result, which can be exponentially long (see [`super::python::Printer`]).
 fn join(state: &State, separator: &str, items: &Value) -> Result<Value, Error> {
     let mut printer = python::Printer::new(state);
-    for (place, item) in items.try_iter()?.checked().enumerate() {
+    for (index, item) in items.try_iter()?.checked().enumerate() {
         let item = item?;
         if item.kind() != ValueKind::String && !item.is_undefined() {
             return Err(fail(format!(
-                "`join` takes texts, and item {place} is of the type {}; the filter `| join` takes anything",
+                "`join` takes texts, and item {index} is of the type {}; the filter `| join` takes anything",
                 type_name(&item)
             )));
         }
         if item.is_undefined() {
             return Err(fail(format!(
-                "`join` takes texts, and item {place} is undefined"
+                "`join` takes texts, and item {index} is undefined"
             )));
         }
-        if place > 0 {
+        if index > 0 {
             printer.text.push_str(separator);
         }
         printer.text.push_str(item.as_str().unwrap_or_default());
@@ -451,7 +451,7 @@ fn justify(own: &str, width: usize, with: char, how: &str) -> String {
     let split = filled
         .char_indices()
         .nth(left)
-        .map_or(filled.len(), |(place, _)| place);
+        .map_or(filled.len(), |(offset, _)| offset);
     let (before, after) = filled.split_at(split);
     format!("{before}{own}{after}")
 }

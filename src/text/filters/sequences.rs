@@ -96,7 +96,7 @@ fn at_path(item: &Value, path: &Value) -> Result<Value, Error> {
     let mut value = item.clone();
     for part in path.split('.') {
         value = match part.parse::<usize>() {
-            Ok(place) => value.get_item_by_index(place)?,
+            Ok(index) => value.get_item_by_index(index)?,
             Err(_) => value.get_attr(part)?,
         };
     }
@@ -157,12 +157,12 @@ fn join(state: &State, value: &Value, args: &[Value]) -> Result<Value, Error> {
     if value.is_none() {
         items("join", value)?;
     }
-    for (place, item) in value.try_iter()?.checked().enumerate() {
+    for (index, item) in value.try_iter()?.checked().enumerate() {
         let mut item = item?;
         if let Some(attribute) = &attribute {
             item = at_path(&item, attribute)?;
         }
-        if place > 0 {
+        if index > 0 {
             printer.text.push_str(&separator);
         }
         printer.value(&item, false, 0)?;

@@ -197,11 +197,11 @@ fn indent(state: &State, value: &Value, args: &[Value]) -> Result<Value, Error> 
     let lines = lines(&own, false);
     state.consume_fuel(((own.len() + lines.len().saturating_mul(indention.len())) / 64) as u64)?;
     let mut out = String::with_capacity(own.len());
-    for (place, line) in lines.iter().enumerate() {
-        if place > 0 {
+    for (index, line) in lines.iter().enumerate() {
+        if index > 0 {
             out.push('\n');
         }
-        let here = if place == 0 {
+        let here = if index == 0 {
             flag(first.as_ref())
         } else {
             flag(blank.as_ref()) || !line.is_empty()

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use anyhow::Result;
 
-use crate::data::lint::{Lint, Lints, Place};
+use crate::data::lint::{Lint, Lints, RowLocation};
 use crate::engine::Context;
 use crate::stages::lints;
 use crate::text::chat::Rendered;
@@ -74,10 +74,10 @@ impl Counts {
                 count.add(row, split);
             }
         }
-        let place = Place { row, split };
+        let location = RowLocation { row, split };
         if let Some(token) = &seen.special_token {
             let more = format!("`{token}`");
-            self.lints.add(Lint::SpecialTokens, place, Some(&more));
+            self.lints.add(Lint::SpecialTokens, location, Some(&more));
             self.rows_with_special_tokens += 1;
         }
         // A conversation whose turns are all learnt has no prompt of its own; its text stands for it.
@@ -87,13 +87,13 @@ impl Counts {
             } else {
                 &rendered.prompt
             },
-            place,
+            location,
         );
     }
 
     /// Notes a row that is a whole text.
     pub(crate) fn add_text(&mut self, row: usize, split: &str, text: &str) {
-        self.lints.add_prompt(text, Place { row, split });
+        self.lints.add_prompt(text, RowLocation { row, split });
     }
 
     /// Tells what was noticed.

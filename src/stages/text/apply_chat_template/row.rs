@@ -40,7 +40,7 @@ pub(crate) fn chat_row(
     let schema = batch.schema();
     let cell = |name: &str| match schema.column_with_name(name) {
         None => Ok(Cell::Null),
-        Some((place, field)) => Cell::of_column(field, batch.column(place), row)
+        Some((index, field)) => Cell::of_column(field, batch.column(index), row)
             .with_context(|| format!("the column `{name}` can't be read")),
     };
     let mut side = |name: &str| match cell(name)? {

@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, HashMap};
 use anyhow::Result;
 use serde_json::json;
 
-use crate::data::lint::{Lint, Lints, Place};
+use crate::data::lint::{Lint, Lints, RowLocation};
 use crate::engine::Context;
 use crate::stages::lints;
 use crate::stages::text::added::Added;
@@ -45,7 +45,7 @@ impl Counts {
     pub(super) fn add(
         &mut self,
         row: &RowIds,
-        place: Place<'_>,
+        location: RowLocation<'_>,
         tokenizer: &Tokenizer,
         vocabulary: Option<u32>,
     ) -> Result<()> {
@@ -53,11 +53,11 @@ impl Counts {
         let (mut unended, mut double_bos) = (false, false);
         if row.prompt_cut {
             self.prompts_cut += 1;
-            self.lints.add(Lint::CutPrompts, place, None);
+            self.lints.add(Lint::CutPrompts, location, None);
         }
         if row.answer_cut {
             self.answers_cut += 1;
-            self.lints.add(Lint::CutAnswers, place, None);
+            self.lints.add(Lint::CutAnswers, location, None);
         }
         if let Some(rejected) = &row.rejected {
             self.sides += 2;
@@ -80,31 +80,32 @@ impl Counts {
         }
         if empty {
             self.empty_answers += 1;
-            self.lints.add(Lint::EmptyAnswers, place, None);
+            self.lints.add(Lint::EmptyAnswers, location, None);
         }
         if double_bos {
-            self.lints.add(Lint::DoubleBos, place, None);
+            self.lints.add(Lint::DoubleBos, location, None);
         }
         if unended {
-            self.lints.add(Lint::MissingEos, place, None);
+            self.lints.add(Lint::MissingEos, location, None);
         }
         if row.rejected.as_ref() == Some(&row.chosen) {
             self.equal_answers += 1;
-            self.lints.add(Lint::EqualAnswers, place, None);
+            self.lints.add(Lint::EqualAnswers, location, None);
         }
         if let Some(id) = beyond(row, vocabulary) {
             self.beyond += 1;
             let text = tokenizer.token_of(id).unwrap_or_default();
             let more = format!("`{text}` with the id {id}");
-            self.lints.add(Lint::UnknownIds, place, Some(&more));
+            self.lints.add(Lint::UnknownIds, location, Some(&more));
         }
         Ok(())
     }
 
     /// Takes in a row that was left out.
-    pub(super) fn drop(&mut self, cause: SkipReason, place: Place<'_>) {
+    pub(super) fn drop(&mut self, cause: SkipReason, location: RowLocation<'_>) {
         *self.dropped.entry(cause).or_default() += 1;
-        self.lints.add(Lint::DroppedRows, place, Some(cause.name()));
+        self.lints
+            .add(Lint::DroppedRows, location, Some(cause.name()));
     }
 
     /// Whether a special token ends an answer, but for some white space.
