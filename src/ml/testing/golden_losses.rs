@@ -1,4 +1,5 @@
-//! Whole trainings by the losses of DPO's and CPO's families against TRL's logs (`tests/python/generate_losses.py`).
+//! Whole trainings by the losses of DPO's and CPO's families, with evaluations between their steps, against TRL's logs
+//! (`tests/python/generate_losses.py`).
 
 use serde::de::DeserializeOwned;
 use serde_json::Value;
@@ -14,7 +15,7 @@ use crate::ml::loss::cpo::Cpo;
 use crate::ml::loss::dpo::{Divergence, Dpo};
 use crate::ml::model::Trained;
 use crate::ml::model::batch::Row;
-use crate::ml::train::{Job, ReferenceModel};
+use crate::ml::train::{Every, Job, ReferenceModel, Settings};
 use candle_core::DType;
 
 /// As for `golden_dpo`: rewards are small differences of large sums.
@@ -84,7 +85,7 @@ fn cpo(args: &Value) -> Cpo {
     }
 }
 
-/// Every number of every step of every run in `file`.
+/// Every number of every step, and of every evaluation, of every run in `file`.
 fn compare(
     file: &str,
     rows: &[Row],
@@ -93,16 +94,22 @@ fn compare(
     loss: impl Fn(&Value) -> Box<dyn Loss>,
 ) {
     let kind = Kind::Fused(packing);
+    let settings = Settings {
+        eval_every: Some(Every::Steps(4)),
+        ..settings()
+    };
     let runs = json(&format!("losses/{file}.json"));
     for (name, run) in runs.as_object().unwrap() {
         let loss = loss(&run["args"]);
         let history = run["log_history"].as_array().unwrap();
-        assert_eq!(history.len(), 12, "{name}");
+        let evaluations = run["evaluations"].as_array().unwrap();
+        assert_eq!((history.len(), evaluations.len()), (12, 3), "{name}");
         let model = model("model", Some("adapter_init"), Trained::Adapter, DType::F32);
         let execution = Execution::new(&model, kind);
         let job = Job {
             loss: &*loss,
             reference,
+            eval_rows: &rows[..5],
             ..job(&execution, rows)
         };
         let title = format!("{file} {name}");
@@ -112,7 +119,9 @@ fn compare(
             CLOSE
         };
         let mut comparison = Comparison::new(&title, tolerance, kind).against_reference();
-        comparison.logs(&golden_dpo::logs(&job, &settings()), history);
+        let logs = golden_dpo::logs(&job, &settings);
+        comparison.logs(&logs, history);
+        comparison.evaluations(&logs, evaluations);
         comparison.end();
     }
 }
