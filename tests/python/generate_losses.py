@@ -22,7 +22,7 @@ EVALUATED = 5
 EVALUATIONS = {"eval_strategy": "steps", "eval_steps": 4}
 
 DPO = {
-    "sigmoid": {},
+    "sigmoid": {"loss_type": ["sigmoid"]},
     "hinge": {"loss_type": ["hinge"], "beta": 0.5},
     "ipo": {"loss_type": ["ipo"]},
     "exo_pair": {"loss_type": ["exo_pair"], "label_smoothing": 1e-3},

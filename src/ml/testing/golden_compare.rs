@@ -169,7 +169,11 @@ impl Comparison {
         for (ours, theirs) in ours.into_iter().zip(theirs) {
             assert_eq!(theirs["step"], ours.step, "{}", self.run);
             assert!((theirs["epoch"].as_f64().unwrap() - ours.epoch).abs() < 1e-12);
-            self.evaluated(&format!("the evaluation after step {}", ours.step), ours, theirs);
+            self.evaluated(
+                &format!("the evaluation after step {}", ours.step),
+                ours,
+                theirs,
+            );
         }
     }
 
@@ -188,6 +192,13 @@ impl Comparison {
 
     /// Prints the largest differences, and fails if one was too large.
     pub(in crate::ml) fn end(self) {
+        let run = self.run.clone();
+        let wrong = self.wrong();
+        assert!(wrong.is_empty(), "{run}: {wrong:#?}");
+    }
+
+    /// Prints the largest differences; says which were too large.
+    pub(in crate::ml) fn wrong(self) -> Vec<String> {
         for (name, (absolute, relative)) in &self.measured {
             let allowed = &self.allowed[name];
             println!(
@@ -195,7 +206,7 @@ impl Comparison {
                 self.run
             );
         }
-        assert!(self.wrong.is_empty(), "{}: {:#?}", self.run, self.wrong);
+        self.wrong
     }
 }
 

@@ -18,20 +18,28 @@ use crate::ml::model::batch::Row;
 use crate::ml::train::{Every, Job, ReferenceModel, Settings};
 use candle_core::DType;
 
-/// As for `golden_dpo`: rewards are small differences of large sums.
+/// As for `golden_dpo`: rewards are small differences of large sums. The mean of three batches is one in f32 with TRL.
 const CLOSE: Tolerance = Tolerance {
     cancelled: 2e-5,
+    accuracy: 1e-7,
     ..EXACT
 };
 
 /// Runs whose numbers hang on the last bits of f32: log-ratios of some 100 nats, known to 3e-5, go through an exponential (`forward_kl`,
-/// `discopop`), are scaled by a larger `beta`, or leave a loss that is near 0 (`hinge`, `robust`).
-const SENSITIVE: [&str; 5] = ["discopop", "forward_kl", "hinge", "robust", "sigmoid_norm"];
+/// `discopop`), are scaled by a larger `beta`, are squared (`sppo_hard`), or leave a loss that is near 0 (`hinge`, `robust`).
+const SENSITIVE: [&str; 6] = [
+    "discopop",
+    "forward_kl",
+    "hinge",
+    "robust",
+    "sigmoid_norm",
+    "sppo_hard",
+];
 const LOOSE: Tolerance = Tolerance {
     relative: 3e-4,
     grad_norm: 3e-4,
     cancelled: 1e-4,
-    ..EXACT
+    ..CLOSE
 };
 
 /// A number among the arguments of a run, or TRL's default.
@@ -99,6 +107,7 @@ fn compare(
         ..settings()
     };
     let runs = json(&format!("losses/{file}.json"));
+    let mut wrong = Vec::new();
     for (name, run) in runs.as_object().unwrap() {
         let loss = loss(&run["args"]);
         let history = run["log_history"].as_array().unwrap();
@@ -122,8 +131,10 @@ fn compare(
         let logs = golden_dpo::logs(&job, &settings);
         comparison.logs(&logs, history);
         comparison.evaluations(&logs, evaluations);
-        comparison.end();
+        let of_run = comparison.wrong().into_iter();
+        wrong.extend(of_run.map(|wrong| format!("{title}: {wrong}")));
     }
+    assert!(wrong.is_empty(), "{wrong:#?}");
 }
 
 #[test]

@@ -15,8 +15,11 @@ use crate::ml::testing::golden;
 
 /// Trains for four steps; the result's files by their names.
 fn train(fixture: &Fixture, name: &str, parameters: &str) -> BTreeMap<String, Vec<u8>> {
-    let folders = ["model", "adapter_init", "adapter_final"].map(|name| (name, golden::folder(name)));
-    let inputs = folders.each_ref().map(|(name, folder)| (*name, folder.as_path()));
+    let folders =
+        ["model", "adapter_init", "adapter_final"].map(|name| (name, golden::folder(name)));
+    let inputs = folders
+        .each_ref()
+        .map(|(name, folder)| (*name, folder.as_path()));
     let cx = fixture.context(name, &inputs);
     let text = format!(
         "{{model: model, dataset: tokens, per_device_train_batch_size: 2, gradient_accumulation_steps: 2, learning_rate: 2.0e-3,
@@ -35,7 +38,9 @@ fn train(fixture: &Fixture, name: &str, parameters: &str) -> BTreeMap<String, Ve
 
 /// What the last evaluation of a training told.
 fn last_evaluation(files: &BTreeMap<String, Vec<u8>>) -> Value {
-    let lines = std::str::from_utf8(&files["metrics.jsonl"]).unwrap().lines();
+    let lines = std::str::from_utf8(&files["metrics.jsonl"])
+        .unwrap()
+        .lines();
     let steps = lines.map(|line| serde_json::from_str::<Value>(line).unwrap());
     steps
         .filter(|step| step.get("eval_loss").is_some())
@@ -56,18 +61,26 @@ fn a_precomputed_reference_is_the_model_before_the_first_step_in_every_evaluatio
         ("full-initial", "loss_type: [ipo, sft]"),
     ] {
         let run = |name: &str, precomputes: bool| {
-            let more = format!("eval_steps: 1, precompute_ref_log_probs: {precomputes}, {reference}");
+            let more =
+                format!("eval_steps: 1, precompute_ref_log_probs: {precomputes}, {reference}");
             train(&fixture, name, &more)
         };
         let plain = run(&format!("{name}-plain"), false);
         let known = run(&format!("{name}-known"), true);
         assert!(plain.keys().eq(known.keys()), "{name}: {:?}", known.keys());
-        for file in ["adapter_model.safetensors", "model.safetensors", "metrics.jsonl"] {
+        for file in [
+            "adapter_model.safetensors",
+            "model.safetensors",
+            "metrics.jsonl",
+        ] {
             assert!(plain.get(file) == known.get(file), "{name}: {file}");
         }
         assert!(known == run(&format!("{name}-again"), true), "{name}");
         let last = last_evaluation(&known);
-        assert!(last["eval_rewards/margins"].as_f64().unwrap().abs() > 1e-3, "{name}: {last}");
+        assert!(
+            last["eval_rewards/margins"].as_f64().unwrap().abs() > 1e-3,
+            "{name}: {last}"
+        );
     }
 }
 
