@@ -130,6 +130,33 @@ fn labelled_rows_and_pairs_train_by_kto() {
     assert!(number(&steps(&project)[0], "kl").abs() < 1e-12);
 }
 
+/// Answers behind the prompts of other rows are made ready once, however often the training evaluates; and the reference is the model before
+/// the first step in each evaluation, also where every weight is trained (TRL's pull requests 6348, 6370, 6434 and 6443).
+#[test]
+fn a_reference_computed_before_changes_nothing_for_kto() {
+    let project = Project::empty();
+    project.write("rows.jsonl", &labelled());
+    let import = ", format: kto, columns: {prompt: question, label: good}";
+    for model in ["adapter: lora", "model: blank"] {
+        let train = |every: usize, precomputes: bool| {
+            let training = format!(
+                "train_kto: {{{model}, dataset: tokens, max_steps: 3, per_device_train_batch_size: 4, learning_rate: 0.01,
+      eval_strategy: steps, eval_steps: {every}, eval_split: train, precompute_ref_log_probs: {precomputes}}}"
+            );
+            let recipe = recipe(import, ", trainer: kto", &training);
+            project.write("recipe.yaml", &recipe);
+            run(&project);
+            steps(&project)
+        };
+        let (plain, known) = (train(1, false), train(1, true));
+        assert_eq!(plain, known, "{model}");
+        assert_eq!(known.len(), 6);
+        let last = &known[5];
+        assert!(number(last, "eval_rewards/margins").abs() > 1e-3, "{last}");
+        assert_eq!(train(3, true).last(), Some(last), "{model}");
+    }
+}
+
 #[test]
 fn what_kto_can_not_use_is_told() {
     let project = Project::empty();

@@ -138,6 +138,12 @@ fn settings_that_don_t_go_together_are_told() {
             "`loraplus_lr_ratio` beside it",
         ),
         ("optim=muon", "not computed here"),
+        // Every name that there is.
+        (
+            "optim=muon",
+            "must be `adamw_torch`, `adamw_torch_fused`, `paged_adamw_32bit`, `adamw_8bit`, `adamw_bnb_8bit`, `paged_adamw_8bit`, `adafactor`, \
+             `lion_32bit`, `paged_lion_32bit`, `lion_8bit`, `paged_lion_8bit` or `sgd`, not `muon`",
+        ),
     ] {
         let change = format!("stages.tuned.train_sft.{change}");
         let ended = project.run(&["validate", "recipe.yaml", "--set", &change]);

@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""Recreates tests/golden/losses by TRL on the tiny model: what DPOTrainer and CPOTrainer log in trainings by each of their losses.
+"""Recreates tests/golden/losses by TRL on the tiny model: what DPOTrainer and CPOTrainer log in trainings by each of their losses, and in
+the evaluations between their steps.
 
 pins: as in ../golden/generate.py. usage: python generate_losses.py
 """
@@ -16,7 +17,12 @@ from trl.experimental.cpo import CPOConfig, CPOTrainer
 
 OUT = GOLDEN / "losses"
 
+# Five rows in batches of two, so that the last batch is smaller, after every fourth step.
+EVALUATED = 5
+EVALUATIONS = {"eval_strategy": "steps", "eval_steps": 4}
+
 DPO = {
+    "sigmoid": {"loss_type": ["sigmoid"]},
     "hinge": {"loss_type": ["hinge"], "beta": 0.5},
     "ipo": {"loss_type": ["ipo"]},
     "exo_pair": {"loss_type": ["exo_pair"], "label_smoothing": 1e-3},
@@ -48,15 +54,34 @@ CPO = {
 }
 
 
+def evaluations(history):
+    """What the evaluations told, without what their time was."""
+    logs = [log for log in history if "eval_loss" in log]
+    timed = ("runtime", "per_second")
+    return [{name: value for name, value in log.items() if not any(word in name for word in timed)} for log in logs]
+
+
+def dpo(**more):
+    made, logged = run("loss", **more, **EVALUATIONS)
+    logged["args"] = {name: value for name, value in logged["args"].items() if name not in EVALUATIONS}
+    # The last one came after the training.
+    return {**logged, "evaluations": evaluations(made.state.log_history)[:-1]}
+
+
 def cpo(**more):
     values = arguments(**more)
     tokenizer = AutoTokenizer.from_pretrained(GOLDEN / "model")
-    args = CPOConfig(output_dir=tempfile.mkdtemp(), report_to=[], save_strategy="no", use_cpu=True, disable_tqdm=True, **values)
+    folder = tempfile.mkdtemp()
+    args = CPOConfig(output_dir=folder, report_to=[], save_strategy="no", use_cpu=True, disable_tqdm=True, **values, **EVALUATIONS)
     rows = Dataset.from_list([to_conversation(row) for row in ROWS[:24]])
-    made = CPOTrainer(model=load("model"), args=args, train_dataset=rows, processing_class=tokenizer, peft_config=lora())
+    evaluated = rows.select(range(EVALUATED))
+    made = CPOTrainer(
+        model=load("model"), args=args, train_dataset=rows, eval_dataset=evaluated, processing_class=tokenizer, peft_config=lora()
+    )
     set_peft_model_state_dict(made.model, INIT)
     made.train()
-    return {"args": values, "log_history": [log for log in made.state.log_history if "loss" in log]}
+    history = made.state.log_history
+    return {"args": values, "log_history": [log for log in history if "loss" in log], "evaluations": evaluations(history)}
 
 
 def write(name, runs):
@@ -64,13 +89,14 @@ def write(name, runs):
     parts = []
     for key, made in runs.items():
         logs = ",\n".join(json.dumps(log) for log in made["log_history"])
-        parts.append(f'"{key}": {{"args": {json.dumps(made["args"])}, "log_history": [\n{logs}\n]}}')
+        evaluated = ",\n".join(json.dumps(log) for log in made["evaluations"])
+        parts.append(f'"{key}": {{"args": {json.dumps(made["args"])}, "log_history": [\n{logs}\n], "evaluations": [\n{evaluated}\n]}}')
     (OUT / name).write_text("{\n" + ",\n".join(parts) + "\n}\n", encoding="utf-8")
 
 
 def main():
     OUT.mkdir(exist_ok=True)
-    write("dpo.json", {name: run("loss", **more)[1] for name, more in DPO.items()})
+    write("dpo.json", {name: dpo(**more) for name, more in DPO.items()})
     write("cpo.json", {name: cpo(**more) for name, more in CPO.items()})
 
 

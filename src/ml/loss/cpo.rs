@@ -22,7 +22,7 @@ pub enum LossType {
     /// CPO's own: `-(1 - e) log sigmoid(beta d) - e log sigmoid(-beta d)` of the difference d of the two rewards, with the label smoothing e.
     #[default]
     Sigmoid,
-    /// `max(0, 1 - beta d)` (Zhao et al. 2023, SLiC-HF, arXiv 2305.10425).
+    /// `max(0, 1 - beta d)` (Zhao et al. 2023, SLiC-HF, arXiv 2305.10425, equation 4).
     Hinge,
     /// `(d - 1 / (2 beta))^2` of means over tokens (Azar et al. 2023, arXiv 2310.12036, equation 17).
     Ipo,

@@ -158,21 +158,47 @@ impl Comparison {
 
     /// Every number of the last evaluation among `logs` beside that of the reference: the same names, and what they are.
     pub(in crate::ml) fn evaluation(&mut self, logs: &[Log], theirs: &serde_json::Value) {
-        let evaluated = |log: &&Log| log.values.contains_key("eval_loss");
-        let ours = &logs.iter().rfind(evaluated).unwrap().values;
+        let ours = logs.iter().rfind(is_evaluation).unwrap();
+        self.evaluated("the evaluation", ours, theirs);
+    }
+
+    /// As [`Comparison::evaluation`], of all evaluations of a training, after the same steps.
+    pub(in crate::ml) fn evaluations(&mut self, logs: &[Log], theirs: &[serde_json::Value]) {
+        let ours: Vec<_> = logs.iter().filter(is_evaluation).collect();
+        assert_eq!(ours.len(), theirs.len(), "{}", self.run);
+        for (ours, theirs) in ours.into_iter().zip(theirs) {
+            assert_eq!(theirs["step"], ours.step, "{}", self.run);
+            assert!((theirs["epoch"].as_f64().unwrap() - ours.epoch).abs() < 1e-12);
+            self.evaluated(
+                &format!("the evaluation after step {}", ours.step),
+                ours,
+                theirs,
+            );
+        }
+    }
+
+    fn evaluated(&mut self, place: &str, ours: &Log, theirs: &serde_json::Value) {
         let theirs = theirs.as_object().unwrap();
-        let names: Vec<&String> = ours.keys().collect();
-        let mut expected: Vec<&String> = theirs.keys().collect();
+        let names: Vec<&String> = ours.values.keys().collect();
+        let expected = theirs.keys().filter(|name| name.starts_with("eval_"));
+        let mut expected: Vec<&String> = expected.collect();
         expected.sort_unstable();
         assert_eq!(names, expected, "{}", self.run);
-        for (name, value) in ours {
+        for (name, value) in &ours.values {
             let theirs = theirs[name].as_f64().unwrap();
-            self.number("the evaluation", name, *value, theirs);
+            self.number(place, name, *value, theirs);
         }
     }
 
     /// Prints the largest differences, and fails if one was too large.
     pub(in crate::ml) fn end(self) {
+        let run = self.run.clone();
+        let wrong = self.wrong();
+        assert!(wrong.is_empty(), "{run}: {wrong:#?}");
+    }
+
+    /// Prints the largest differences; says which were too large.
+    pub(in crate::ml) fn wrong(self) -> Vec<String> {
         for (name, (absolute, relative)) in &self.measured {
             let allowed = &self.allowed[name];
             println!(
@@ -180,8 +206,12 @@ impl Comparison {
                 self.run
             );
         }
-        assert!(self.wrong.is_empty(), "{}: {:#?}", self.run, self.wrong);
+        self.wrong
     }
+}
+
+fn is_evaluation(log: &&Log) -> bool {
+    log.values.contains_key("eval_loss")
 }
 
 /// A file of golden numbers.

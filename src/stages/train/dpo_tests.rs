@@ -3,11 +3,13 @@
 use std::fs;
 use std::path::Path;
 
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use super::fixture::Fixture;
 use super::tests::write_splits;
+use super::train_cpo::TrainCpo;
 use super::train_dpo::TrainDpo;
+use super::train_kto::TrainKto;
 use crate::data::tokens::TokenRow;
 use crate::engine::{Context, Control, Level, Stage};
 use crate::ml::adapter::Adapter;
@@ -172,6 +174,39 @@ fn the_reference_is_the_model_before_the_first_step_or_a_named_one() {
             loss(&steps[0])
         );
     }
+}
+
+/// They are in fingerprints as they were when each of the two had its own.
+#[test]
+fn dpo_and_kto_name_the_reference_by_the_same_parameters() {
+    fn named<S: Stage + serde::de::DeserializeOwned>(more: &str) -> Value {
+        let text = format!("{{model: a, adapter: b, dataset: c{more}}}");
+        let stage: S = serde_yaml::from_str(&text).unwrap();
+        let Value::Object(mut all) = serde_json::to_value(&stage).unwrap() else {
+            panic!("not a map")
+        };
+        all.retain(|name, _| name.contains("ref"));
+        Value::Object(all)
+    }
+    let given = ", ref_model: d, ref_adapter: e, precompute_ref_log_probs: true";
+    for (more, expected) in [
+        ("", json!({"precompute_ref_log_probs": false})),
+        (
+            given,
+            json!({
+                "ref_model": {"$stage": "d", "$artifact": "model"},
+                "ref_adapter": {"$stage": "e", "$artifact": "adapter"},
+                "precompute_ref_log_probs": true
+            }),
+        ),
+    ] {
+        assert_eq!(named::<TrainDpo>(more), expected);
+        assert_eq!(named::<TrainKto>(more), expected);
+    }
+    // Methods without a reference refuse them.
+    let text = format!("{{model: a, adapter: b, dataset: c{given}}}");
+    let error = serde_yaml::from_str::<TrainCpo>(&text).unwrap_err();
+    assert!(error.to_string().contains("ref_"), "{error}");
 }
 
 #[test]

@@ -6,7 +6,7 @@ use anyhow::ensure;
 use candle_core::DType;
 
 use super::arguments::TrainingArguments;
-use super::method::{Common as _, Method, Prepared, Use};
+use super::method::{Common as _, Compares as _, Method, Prepared, Use};
 use super::reference::Source;
 use crate::engine::Context;
 use crate::ml::adapter::Adapter;
@@ -47,6 +47,7 @@ impl Inputs {
     pub(super) fn read<M: Method>(
         cx: &Context,
         method: &M,
+        compared: &M::Reference,
         common: &M::Common,
         arguments: &TrainingArguments,
     ) -> anyhow::Result<Self> {
@@ -79,7 +80,7 @@ impl Inputs {
         );
         let adapter = adapter_folder.map(Adapter::load).transpose()?;
         let compute = compute_dtype(arguments.bf16, arguments.fp16);
-        let named = method.reference(cx)?;
+        let named = compared.reference(cx)?;
         let mut reference = named.source(folder, adapter.as_ref())?;
         let compares = !matches!(reference.0, Source::None);
         let columns = Made::read(dataset)?.filter(|_| compares);
@@ -104,7 +105,7 @@ impl Inputs {
             Some(_) => read(&arguments.eval_split, Use::Evaluation)?.rows,
             None => Vec::new(),
         };
-        let mut precomputes = method.precomputes_reference();
+        let mut precomputes = compared.precomputes();
         if columns.is_some() {
             // Answers behind the prompts of other rows have no columns, so that they need the reference model once.
             let first = train.rows.first().into_iter().collect::<Vec<_>>();

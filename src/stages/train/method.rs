@@ -4,8 +4,8 @@
 //! `stages::KINDS`.
 
 use schemars::JsonSchema;
-use serde::Serialize;
 use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::arguments::TrainingArguments;
@@ -38,6 +38,33 @@ pub trait Common:
     }
 }
 
+/// The parameters that say what a training compares its model with.
+pub trait Compares: Serialize + DeserializeOwned + JsonSchema + Send + Sync + 'static {
+    /// The reference model, for a loss that needs one.
+    ///
+    /// # Errors
+    /// An input that it names has no folder.
+    fn reference(&self, cx: &Context) -> anyhow::Result<Reference>;
+
+    /// Whether the reference model's log-probabilities are computed for all rows before the first step.
+    fn precomputes(&self) -> bool;
+}
+
+/// The parameters of a method without a reference model: there are none.
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct NoReference {}
+
+impl Compares for NoReference {
+    fn reference(&self, _: &Context) -> anyhow::Result<Reference> {
+        Ok(Reference::None)
+    }
+
+    fn precomputes(&self) -> bool {
+        false
+    }
+}
+
 /// A method of training: its own parameters, and their meaning.
 pub trait Method: Serialize + DeserializeOwned + JsonSchema + Send + Sync + 'static {
     /// [`crate::engine::Stage::KIND`].
@@ -50,6 +77,8 @@ pub trait Method: Serialize + DeserializeOwned + JsonSchema + Send + Sync + 'sta
     type Output: Artifact;
     /// The parameters that it has in common with other methods.
     type Common: Common;
+    /// The parameters that name its reference model.
+    type Reference: Compares;
 
     /// The defaults of parameters that it shares with other methods, where its own differ.
     fn defaults() -> Vec<(&'static str, Value)> {
@@ -61,16 +90,6 @@ pub trait Method: Serialize + DeserializeOwned + JsonSchema + Send + Sync + 'sta
 
     /// The loss that is minimised.
     fn loss(&self) -> Box<dyn Loss>;
-
-    /// The reference model, for a loss that needs one.
-    fn reference(&self, _cx: &Context) -> anyhow::Result<Reference> {
-        Ok(Reference::None)
-    }
-
-    /// Whether the reference model's log-probabilities are computed for all rows before the first step.
-    fn precomputes_reference(&self) -> bool {
-        false
-    }
 
     /// Makes the rows to train or to evaluate on from those of a split, as `tokenize` wrote them.
     fn prepare(

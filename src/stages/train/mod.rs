@@ -10,6 +10,7 @@ mod on_gpu;
 mod preferences;
 mod process;
 mod reference;
+mod reference_arguments;
 pub mod report_to;
 mod run;
 pub mod stage;
@@ -26,6 +27,8 @@ mod dpo_tests;
 mod fixture;
 #[cfg(test)]
 mod not_finite;
+#[cfg(test)]
+mod precomputed_tests;
 #[cfg(test)]
 mod reference_tests;
 #[cfg(test)]

@@ -248,29 +248,31 @@ fn scored_tokens_are_scored_anew_without_a_second_pair_of_columns() {
     );
 }
 
-/// BOS and EOS that `tokenize` added for `ORPOTrainer` are taken off once, by the stage and by the training alike.
+/// The rows of the golden runs with a BOS and an EOS that `tokenize` added for `ORPOTrainer`.
+pub(super) fn write_added(folder: &Path) {
+    let plain = folder.join("plain");
+    fs::create_dir(&plain).unwrap();
+    write_tokens(&plain);
+    let mut rows = crate::data::tokens::read(&plain, "train").unwrap();
+    fs::remove_dir_all(&plain).unwrap();
+    for row in &mut rows {
+        row.prompt_ids.insert(0, 1021);
+        row.chosen_ids.push(1022);
+        row.rejected_ids.as_mut().unwrap().push(1022);
+    }
+    write_splits(folder, &rows);
+    let added = Added {
+        bos: Some(1021),
+        eos: Some(1022),
+        mixed: false,
+    };
+    added.write(folder).unwrap();
+}
+
+/// What was added is taken off once, by the stage and by the training alike.
 #[test]
 fn added_tokens_are_neither_scored_nor_lost() {
-    fn write(folder: &Path) {
-        let plain = folder.join("plain");
-        fs::create_dir(&plain).unwrap();
-        write_tokens(&plain);
-        let mut rows = crate::data::tokens::read(&plain, "train").unwrap();
-        fs::remove_dir_all(&plain).unwrap();
-        for row in &mut rows {
-            row.prompt_ids.insert(0, 1021);
-            row.chosen_ids.push(1022);
-            row.rejected_ids.as_mut().unwrap().push(1022);
-        }
-        write_splits(folder, &rows);
-        let added = Added {
-            bos: Some(1021),
-            eos: Some(1022),
-            mixed: false,
-        };
-        added.write(folder).unwrap();
-    }
-    let (fixture, plain) = (Fixture::new(write), Fixture::new(write_tokens));
+    let (fixture, plain) = (Fixture::new(write_added), Fixture::new(write_tokens));
     let scored = score(&fixture, "scored", "model: model, dataset: tokens");
     let expected = score(&plain, "scored", "model: model, dataset: tokens");
     for split in ["train", "test"] {

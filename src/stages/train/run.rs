@@ -107,10 +107,11 @@ fn precompute_reference(
 pub(super) fn run<M: Method>(
     cx: &Context,
     method: &M,
+    reference: &M::Reference,
     common: &M::Common,
     arguments: &TrainingArguments,
 ) -> anyhow::Result<()> {
-    let inputs = Inputs::read(cx, method, common, arguments)?;
+    let inputs = Inputs::read(cx, method, reference, common, arguments)?;
     let found = estimate::estimate(method, &inputs)?;
     let estimate = &found.estimate;
     estimate::tell(cx, estimate, &inputs)?;

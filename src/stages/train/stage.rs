@@ -1,5 +1,5 @@
-//! A training as a stage. In the recipe, the parameters of its method, those common to several methods and those of all trainings stand
-//! side by side.
+//! A training as a stage. In the recipe, the parameters of its method, those of its reference model, those common to several methods and
+//! those of all trainings stand side by side.
 
 use std::borrow::Cow;
 use std::path::Path;
@@ -15,7 +15,7 @@ use super::method::Method;
 use super::run::run;
 use crate::engine::{
     Artifact, Context, Estimate, Implied, ParseError, Position, Problem, Stage, add_properties,
-    read_side_by_side,
+    read_both_side_by_side, read_side_by_side,
 };
 use crate::ml::train::newest_checkpoint;
 use crate::stages::artifacts::{Adapter, Model};
@@ -27,6 +27,8 @@ use crate::stages::rules::Rules;
 pub struct Train<M: Method> {
     #[serde(flatten)]
     method: M,
+    #[serde(flatten)]
+    reference: M::Reference,
     #[serde(flatten)]
     common: M::Common,
     #[serde(flatten)]
@@ -45,9 +47,10 @@ impl<M: Method> JsonSchema for Train<M> {
         M::schema_name()
     }
 
-    /// The method's schema with the properties of the other two added.
+    /// The method's schema with the properties of the others added.
     fn json_schema(generator: &mut SchemaGenerator) -> Schema {
         let mut schema = M::json_schema(generator);
+        add_properties(&mut schema, M::Reference::json_schema(generator));
         add_properties(&mut schema, M::Common::json_schema(generator));
         add_properties(&mut schema, TrainingArguments::json_schema(generator));
         for (name, default) in M::defaults() {
@@ -76,9 +79,11 @@ impl<M: Method> Stage for Train<M> {
                 given.entry(name).or_insert(default);
             }
         }
-        let (method, common, arguments) = read_side_by_side(parameters)?;
+        let (reference, others) = read_both_side_by_side(parameters)?;
+        let (method, common, arguments) = read_side_by_side(others)?;
         Ok(Self {
             method,
+            reference,
             common,
             arguments,
         })
@@ -104,8 +109,14 @@ impl<M: Method> Stage for Train<M> {
     }
 
     fn estimate(&self, cx: &Context) -> anyhow::Result<Option<Estimate>> {
-        let inputs = Inputs::read(cx, &self.method, &self.common, &self.arguments)?;
-        Ok(Some(estimate(&self.method, &inputs)?.estimate))
+        let Self {
+            method,
+            reference,
+            common,
+            arguments,
+        } = self;
+        let inputs = Inputs::read(cx, method, reference, common, arguments)?;
+        Ok(Some(estimate(method, &inputs)?.estimate))
     }
 
     fn position(&self, scratch: &Path) -> Option<Position> {
@@ -114,6 +125,12 @@ impl<M: Method> Stage for Train<M> {
     }
 
     fn run(&self, cx: &Context) -> anyhow::Result<()> {
-        run(cx, &self.method, &self.common, &self.arguments)
+        let Self {
+            method,
+            reference,
+            common,
+            arguments,
+        } = self;
+        run(cx, method, reference, common, arguments)
     }
 }

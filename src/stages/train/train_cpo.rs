@@ -4,7 +4,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::arguments::TrainingArguments;
-use super::method::{Method, Prepared, Use};
+use super::method::{Method, NoReference, Prepared, Use};
 use super::preferences::{PreferenceArguments, need_two_answers};
 use super::stage::Train;
 use crate::engine::Context;
@@ -75,6 +75,7 @@ impl Method for Parameters {
     const VERSION: u32 = 1;
     type Output = Adapter;
     type Common = PreferenceArguments;
+    type Reference = NoReference;
 
     fn loss(&self) -> Box<dyn Loss> {
         Box::new(Cpo {

@@ -3,17 +3,17 @@
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::Reference;
 use super::arguments::TrainingArguments;
 use super::loss_types::{FDivergenceType, LossTypes};
 use super::method::{Method, Prepared, Use};
 use super::preferences::{PreferenceArguments, pairs_as_rendered};
+use super::reference_arguments::ReferenceArguments;
 use super::stage::Train;
-use crate::engine::{Context, Input};
+use crate::engine::Context;
 use crate::ml::loss::Loss;
 use crate::ml::loss::dpo::{Dpo, LossType};
 use crate::ml::model::batch::Row;
-use crate::stages::artifacts::{Adapter, Model};
+use crate::stages::artifacts::Adapter;
 use crate::stages::rules::Rules;
 
 /// The stage.
@@ -80,16 +80,6 @@ pub struct Parameters {
     #[schemars(extend("minimum" = 0, "exclusiveMaximum" = 0.5))]
     #[schemars(extend("examples" = [0.1]))]
     label_smoothing: f64,
-    /// The reference model. By default it is the trained model before its first step.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    ref_model: Option<Input<Model>>,
-    /// The adapter of the reference model. Without `ref_model` it stands beside `model`.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    ref_adapter: Option<Input<Adapter>>,
-    /// Whether the reference model's log-probabilities are computed once for all rows before the first step, instead of anew in
-    /// each epoch. A reference model of its own is then not kept in memory.
-    #[serde(default)]
-    precompute_ref_log_probs: bool,
 }
 
 fn beta() -> f64 {
@@ -124,6 +114,7 @@ impl Method for Parameters {
     const VERSION: u32 = 1;
     type Output = Adapter;
     type Common = PreferenceArguments;
+    type Reference = ReferenceArguments;
 
     fn check(&self, _: &TrainingArguments, rules: &mut Rules) {
         let kinds = &self.loss_type.0;
@@ -180,14 +171,6 @@ impl Method for Parameters {
                 .divergence(self.f_alpha_divergence_coef),
             discopop_tau: self.discopop_tau,
         })
-    }
-
-    fn reference(&self, cx: &Context) -> anyhow::Result<Reference> {
-        Reference::named(cx, self.ref_model.as_ref(), self.ref_adapter.as_ref())
-    }
-
-    fn precomputes_reference(&self) -> bool {
-        self.precompute_ref_log_probs
     }
 
     fn prepare(

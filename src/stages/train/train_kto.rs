@@ -4,17 +4,17 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use super::Reference;
 use super::arguments::TrainingArguments;
 use super::method::{Method, Prepared, Use};
 use super::preferences::PreferenceArguments;
+use super::reference_arguments::ReferenceArguments;
 use super::stage::Train;
-use crate::engine::{Context, Input};
+use crate::engine::Context;
 use crate::ml::loss::Loss;
 use crate::ml::loss::kto::{Kto, LossType, pair_with_neighbours};
 use crate::ml::model::batch::Row;
 use crate::ml::train::sampler::SamplingStrategy;
-use crate::stages::artifacts::{Adapter, Model};
+use crate::stages::artifacts::Adapter;
 use crate::stages::rules::Rules;
 use crate::stages::text::labelled::Labelled;
 
@@ -57,16 +57,6 @@ pub struct Parameters {
     #[schemars(extend("minimum" = 0))]
     #[schemars(extend("examples" = [1.0, 1.5]))]
     undesirable_weight: f64,
-    /// The reference model. By default it is the trained model before its first step.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    ref_model: Option<Input<Model>>,
-    /// The adapter of the reference model. Without `ref_model` it stands beside `model`.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    ref_adapter: Option<Input<Adapter>>,
-    /// Whether the reference model's log-probabilities are computed once for all rows before the first step, instead of anew in
-    /// each epoch. A reference model of its own is then not kept in memory.
-    #[serde(default)]
-    precompute_ref_log_probs: bool,
 }
 
 fn beta() -> f64 {
@@ -82,6 +72,7 @@ impl Method for Parameters {
     const VERSION: u32 = 1;
     type Output = Adapter;
     type Common = PreferenceArguments;
+    type Reference = ReferenceArguments;
 
     fn defaults() -> Vec<(&'static str, Value)> {
         vec![("train_sampling_strategy", json!("sequential"))]
@@ -112,14 +103,6 @@ impl Method for Parameters {
             desirable_weight: self.desirable_weight,
             undesirable_weight: self.undesirable_weight,
         })
-    }
-
-    fn reference(&self, cx: &Context) -> anyhow::Result<Reference> {
-        Reference::named(cx, self.ref_model.as_ref(), self.ref_adapter.as_ref())
-    }
-
-    fn precomputes_reference(&self) -> bool {
-        self.precompute_ref_log_probs
     }
 
     fn prepare(

@@ -5,7 +5,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use super::arguments::TrainingArguments;
-use super::method::{Method, Prepared, Use};
+use super::method::{Method, NoReference, Prepared, Use};
 use super::preferences::{PreferenceArguments, pairs_as_rendered};
 use super::stage::Train;
 use crate::engine::Context;
@@ -46,6 +46,7 @@ impl Method for Parameters {
     const SCORES: bool = true;
     type Output = Adapter;
     type Common = PreferenceArguments;
+    type Reference = NoReference;
 
     fn defaults() -> Vec<(&'static str, Value)> {
         vec![("learning_rate", json!(1e-4))]

@@ -4,7 +4,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::arguments::TrainingArguments;
-use super::method::{Common, Method, Prepared, Use};
+use super::method::{Common, Method, NoReference, Prepared, Use};
 use super::stage::Train;
 use crate::engine::Context;
 use crate::ml::loss::Loss;
@@ -148,6 +148,7 @@ impl Method for Parameters {
     const VERSION: u32 = 7;
     type Output = Model;
     type Common = SftArguments;
+    type Reference = NoReference;
 
     fn check(&self, _: &TrainingArguments, rules: &mut Rules) {
         rules.rule(

@@ -18,17 +18,20 @@ pub enum LossType {
     /// equation 3). TRL ignores the smoothing.
     #[default]
     Sigmoid,
-    /// `max(0, 1 - x)` (Zhao et al. 2023, SLiC-HF, arXiv 2305.10425, and Liu et al. 2023, RSO, arXiv 2309.06657).
+    /// `max(0, 1 - x)` (Liu et al. 2023, RSO, arXiv 2309.06657, equation 12; without a reference Zhao et al. 2023, SLiC-HF, arXiv 2305.10425,
+    /// equation 4).
     Hinge,
     /// `(s_c / |c| - s_r / |r| - 1 / (2 beta))^2` with the answers' lengths in tokens (Azar et al. 2023, arXiv 2310.12036, equation 17).
     Ipo,
     /// The Kullback-Leibler divergence of (`sigmoid(x)`, `sigmoid(-x)`) from (`1 - e`, `e`) (Ji et al. 2024, arXiv 2402.00856, equation 16).
     ExoPair,
-    /// `-log sigmoid(beta c) - log sigmoid(-beta c) / 2 - log sigmoid(-beta r) / 2` (Chen et al. 2024, arXiv 2402.05369).
+    /// `-log sigmoid(beta c) - log sigmoid(-beta c) / 2 - log sigmoid(-beta r) / 2` (Chen et al. 2024, arXiv 2402.05369,
+    /// section 4).
     NcaPair,
     /// `(-(1 - e) log sigmoid(x) + e log sigmoid(-x)) / (1 - 2 e)` (Chowdhury et al. 2024, arXiv 2403.00409).
     Robust,
-    /// `-log sigmoid(beta c) - log sigmoid(-beta r)` (Jung et al. 2024, arXiv 2404.04656), without that paper's shift of the rewards.
+    /// `-log sigmoid(beta c) - log sigmoid(-beta r)` (Jung et al. 2024, arXiv 2404.04656, theorem 1), without that paper's shift of the
+    /// rewards.
     BcoPair,
     /// `(c - 1 / (2 beta))^2 + (r + 1 / (2 beta))^2` (Wu et al. 2024, arXiv 2405.00675, equation 4.7, with probabilities of 1 and 0).
     SppoHard,
@@ -44,7 +47,8 @@ pub enum LossType {
     Discopop,
     /// The mean negative log-likelihood of the tokens of the micro-batch's preferred answers.
     Sft,
-    /// `-log sigmoid(beta (s_c / |c| - s_r / |r|))`, the sigmoid loss of means over tokens.
+    /// `-log sigmoid(beta (s_c / |c| - s_r / |r|))`, the sigmoid loss of means over tokens (Lambert et al. 2024, Tülu 3, arXiv 2411.15124,
+    /// equation 6).
     SigmoidNorm,
 }
 

@@ -135,6 +135,8 @@ fn compare(one: &End, other: &End) -> f64 {
     largest
 }
 
+/// Also with a reference that was computed before, each process a part of the rows: TRL's pull request 6403 mends what went wrong there when a
+/// process had only a part of the model.
 #[test]
 fn several_processes_train_as_one_does() {
     let rows = rows_of_23();
