@@ -75,7 +75,7 @@ fn a_training_goes_on_on_another_device() {
         all
     };
     let (few, all) = (
-        "stages.tuned.train_orpo.max_steps=2",
+        "stages.tuned.train_orpo.max_steps=3",
         "stages.tuned.train_orpo.max_steps=4",
     );
     let project = Project::with_recipes();

@@ -11,7 +11,7 @@ use super::{device, near, numbers, panels};
 use crate::{Onto, Product, Term};
 
 /// A weight in some form.
-enum Stored {
+pub(super) enum Stored {
     F32(Vec<f32>),
     Bf16(Vec<bf16>),
     F16(Vec<f16>),
@@ -19,7 +19,7 @@ enum Stored {
 }
 
 impl Stored {
-    fn all(values: &[f32]) -> Vec<Self> {
+    pub(super) fn all(values: &[f32]) -> Vec<Self> {
         let bytes: Vec<u8> = values.iter().flat_map(|x| x.to_le_bytes()).collect();
         let mut packed = vec![0; values.len().div_ceil(2)];
         let mut absmax = vec![0.; values.len().div_ceil(nf4::BLOCK)];
@@ -37,7 +37,7 @@ impl Stored {
         ]
     }
 
-    fn values(&self) -> Values<'_> {
+    pub(super) fn values(&self) -> Values<'_> {
         match self {
             Self::F32(values) => Values::F32(values),
             Self::Bf16(values) => Values::Bf16(values),

@@ -20,6 +20,7 @@ use pipeline_kernels::reduce::Order;
 use pipeline_kernels::vocabulary::Summary;
 
 use super::weights::{BaseWeight, TensorView};
+use crate::ml::backend::Decoder;
 use crate::ml::model::CausalLm;
 use crate::ml::model::linear::{Pass, Weight};
 use crate::ml::resident::{Resident, TrainedTensor};
@@ -335,6 +336,36 @@ pub(in crate::ml) trait Device: Send + Sync + Sized {
     /// Applies a rotary embedding to the heads of panels of `features`, in place, or with `back` its transpose.
     fn rope(&self, x: &mut Self::Buffer, features: usize, rotary: Rotary<'_, Self>, back: bool);
 
+    /// What `DoRA` scales the rows of a weight (rows, columns) by, of which the pair A (rank, columns) and B (rows, rank) is a part: for each row
+    /// of `W + scaling B A` the factor from its norm to `magnitude`, and the reciprocal of the norm. Both are not to stay with the device.
+    fn row_factors(
+        &self,
+        base: Self::Matrix<'_>,
+        pair: (Self::Matrix<'_>, Self::Matrix<'_>),
+        scaling: f32,
+        magnitude: Self::Vector<'_>,
+    ) -> [Self::Buffer; 2];
+
+    /// `out = onto + bias + factors * x`, with a factor and a number of the bias for each feature.
+    fn scale_features(
+        &self,
+        x: &Self::Buffer,
+        factors: &Self::Buffer,
+        bias: Option<Self::Vector<'_>>,
+        onto: &Onto<'_, Self>,
+        out: &mut Self::Buffer,
+    );
+
+    /// Adds to `out`, for each feature, the sum over tokens of `a * b`, times its factor. The lanes after the last token are zero in one of the
+    /// two.
+    fn feature_dots(
+        &self,
+        a: &Self::Buffer,
+        b: &Self::Buffer,
+        factors: &Self::Buffer,
+        out: &mut Self::Buffer,
+    );
+
     /// `out = activation(gate) * up`.
     fn gated_unit(
         &self,
@@ -452,6 +483,9 @@ pub(in crate::ml) trait Device: Send + Sync + Sized {
         sums: &mut [[f64; LANES]],
     ) -> Result<()>;
 
+    /// Replaces products of the head by the derivatives of the logits that a soft-cap makes of them.
+    fn soft_cap_slopes(&self, products: &mut Self::Buffer, softcap: f32);
+
     /// The products in f64 of the features of some tokens with `weights` (features).
     ///
     /// # Errors
@@ -475,6 +509,20 @@ pub(in crate::ml) trait Device: Send + Sync + Sized {
         of_tokens: Vec<f32>,
         of_features: &[f64],
     ) -> Result<f64>;
+
+    /// See [`crate::ml::backend::Backend::decoder`]. `None` for what the device has no way of its own.
+    ///
+    /// # Errors
+    /// There is no room for what it needs.
+    fn decoder<'a>(
+        &'a self,
+        _model: &'a CausalLm,
+        _sequences: usize,
+        _longest: usize,
+        _: Pass,
+    ) -> Result<Option<Box<dyn Decoder + 'a>>> {
+        Ok(None)
+    }
 
     /// See [`crate::ml::backend::Backend::hold`].
     ///

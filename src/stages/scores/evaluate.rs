@@ -425,12 +425,12 @@ impl Measure for Parameters {
         let form = self.form(&rows, arch.scores, &split)?;
         self.prepare(form, dataset, &mut rows)?;
         let place = place(cx)?;
-        let models = Models::open(cx, arguments)?;
+        let models = Models::open(cx, arguments, &place)?;
         let executions = models.executions(cx, &place)?;
         let sides = models.sides(&executions);
         let compute = arguments.compute();
         let reference = match &self.ref_model {
-            Some(reference) => Some(Loaded::open(cx.input(reference)?, None, compute)?),
+            Some(reference) => Some(Loaded::open(cx.input(reference)?, None, compute, &place)?),
             None => None,
         };
         let reference = reference
