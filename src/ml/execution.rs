@@ -116,7 +116,7 @@ impl<'m> Execution<'m> {
     pub fn move_weights(model: &mut CausalLm, place: &Place) -> Result<()> {
         #[cfg(feature = "gpu")]
         if let Some(device) = &place.gpu
-            && super::fused::unsupported_feature(model).is_none()
+            && super::fused::unsupported_feature::<super::gpu::Gpu>(model).is_none()
         {
             super::gpu::take_weights(device, model)?;
         }

@@ -18,7 +18,8 @@ use std::fmt;
 use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard};
 
-use candle_core::{Result, Var};
+use candle_core::{DType, Result, Var};
+use pipeline_kernels::FloatType;
 use pipeline_kernels::attention::Spans;
 use pipeline_kernels::dropout::Dropout;
 use pipeline_kernels::gated::Activation;
@@ -52,6 +53,8 @@ pub(in crate::ml) struct Gpu {
     tables: Mutex<Tables>,
     /// Stands for buffers that were not taken.
     none: gpu::Buffer,
+    /// The type of the factors of products that are rounded.
+    compute: FloatType,
 }
 
 impl fmt::Debug for Gpu {
@@ -69,6 +72,10 @@ impl Gpu {
             none: device.take(0),
             device,
             copies: taken::copies(model),
+            compute: match model.compute {
+                DType::F16 => FloatType::F16,
+                _ => FloatType::Bf16,
+            },
             tables: Mutex::default(),
         }
     }
@@ -88,6 +95,7 @@ impl Device for Gpu {
     type Summaries = gpu::Summaries;
 
     const ON_HOST: bool = false;
+    const HAS_F16: bool = true;
 
     fn expect(&self, _: usize) {}
 
@@ -184,7 +192,7 @@ impl Device for Gpu {
 
     fn products(&self, all: Vec<Product<'_, '_, Self>>) {
         for each in all {
-            let half = each.terms.iter().any(|term| term.x.rounded.is_some());
+            let rounds = each.terms.iter().any(|term| term.x.rounded.is_some());
             let terms = each.terms.iter().map(|term| gpu::Term {
                 weight: term.weight.borrow(),
                 x: self.of(term.x.x),
@@ -193,7 +201,7 @@ impl Device for Gpu {
                 terms: terms.collect(),
                 onto: self.onto(&each.onto),
                 bias: each.bias.as_deref(),
-                half,
+                rounding: self.rounding(rounds),
                 out: self.of_mut(each.out),
             });
         }
@@ -563,13 +571,13 @@ impl Device for Gpu {
         held::gradient(&self.copies(), var).map(|gradient| Floats(Some(gradient)))
     }
 
-    fn held_column_sums(&self, weight: &TensorView<'_>, half: bool) -> Result<Option<Vec<f64>>> {
+    fn held_column_sums(&self, weight: &TensorView<'_>, rounds: bool) -> Result<Option<Vec<f64>>> {
         let held = self.copies();
         let held = held.held(weight.id).and_then(|held| held.weight.clone());
         let Some(held) = held else {
             return Ok(None);
         };
-        let sums = self.device.column_sums(&held, half);
+        let sums = self.device.column_sums(&held, self.rounding(rounds));
         let sums = self.device.read(&sums).map_err(failed)?;
         Ok(Some(sums.into_iter().map(f64::from).collect()))
     }

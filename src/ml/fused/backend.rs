@@ -46,12 +46,17 @@ impl fmt::Display for Unsupported {
 
 impl std::error::Error for Unsupported {}
 
-/// The first feature of a model that the fast path does not support, if there is one.
-pub(in crate::ml) fn unsupported_feature(model: &CausalLm) -> Option<String> {
+/// The first feature of a model that the fast path of a device does not support, if there is one.
+pub(in crate::ml) fn unsupported_feature<D: Device>(model: &CausalLm) -> Option<String> {
     if !model.device.is_cpu() {
         return Some("the model is not on the CPU".into());
     }
-    if !matches!(model.compute, DType::F32 | DType::BF16) {
+    let computes = match model.compute {
+        DType::F32 | DType::BF16 => true,
+        DType::F16 => D::HAS_F16,
+        _ => false,
+    };
+    if !computes {
         return Some(format!(
             "products run in {}; the fast path has f32 and bf16",
             model.compute.as_str()
@@ -86,7 +91,7 @@ impl<'m, D: Device> Fused<'m, D> {
         model: &'m CausalLm,
         packing: Packing,
     ) -> std::result::Result<Self, Unsupported> {
-        match unsupported_feature(model) {
+        match unsupported_feature::<D>(model) {
             Some(why) => Err(Unsupported(why)),
             None => Ok(Self {
                 model,

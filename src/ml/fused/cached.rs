@@ -6,7 +6,7 @@
 
 use std::ops::Range;
 
-use candle_core::{Result, bail};
+use candle_core::{DType, Result, bail};
 use pipeline_kernels::attention::{Heads, Scores};
 use pipeline_kernels::panels::{LANES, size};
 use pipeline_kernels::vectors;
@@ -221,7 +221,7 @@ impl<'a, D: Caching> CachedDecoder<'a, D> {
         let eps = model.norm.eps as f32;
         device.rms_norm(last, device.vector(&norm)?, eps, &mut x, &mut inverse);
         device.scale(&mut x, arch.logit_scale as f32);
-        let half = model.compute == candle_core::DType::BF16;
+        let half = model.compute != DType::F32;
         let factor = device.factor(half, &x, hidden);
         let head = TensorView::weight(model.head(), self.pass)?;
         let vocabulary = arch.head_rows();

@@ -52,6 +52,7 @@ impl Device for Cpu {
     type Summaries = Vec<Summary>;
 
     const ON_HOST: bool = true;
+    const HAS_F16: bool = false;
 
     fn expect(&self, panels: usize) {
         self.pool.expect(panels);

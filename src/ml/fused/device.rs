@@ -36,7 +36,7 @@ pub(in crate::ml) trait Transpose: Clone {
 pub(in crate::ml) struct Factor<'a, D: Device> {
     /// Panels of as many features as the weight is deep.
     pub(in crate::ml) x: &'a D::Buffer,
-    /// The same values rounded to bf16, if products are to be computed with those.
+    /// The same values rounded to the type of products, if they are to be computed with those.
     pub(in crate::ml) rounded: Option<D::Rounded>,
 }
 
@@ -123,7 +123,7 @@ pub(in crate::ml) trait Device: Send + Sync + Sized {
     type Vector<'a>: Clone
     where
         Self: 'a;
-    /// Panels rounded to bf16, as products take them.
+    /// Panels rounded to the type of products, as these take them.
     type Rounded;
     /// The spans of tokens that may attend to each other.
     type Spans;
@@ -170,6 +170,9 @@ pub(in crate::ml) trait Device: Send + Sync + Sized {
     /// Whether a buffer is the host's memory, so that reading it costs nothing.
     const ON_HOST: bool;
 
+    /// Whether products can be computed in f16.
+    const HAS_F16: bool;
+
     /// The values of a buffer in the host's memory, for a device whose memory that is.
     fn host<'b>(&self, buffer: &'b mut Self::Buffer) -> Option<&'b mut Vec<f32>>;
 
@@ -201,13 +204,13 @@ pub(in crate::ml) trait Device: Send + Sync + Sized {
     /// Numbers of tokens.
     fn numbers(&self, numbers: &[u64]) -> Self::Numbers;
 
-    /// Rounds panels of `features` to bf16.
+    /// Rounds panels of `features` to the type of products.
     fn round(&self, x: &Self::Buffer, features: usize) -> Self::Rounded;
 
     /// Returns rounded panels.
     fn give_rounded(&self, rounded: Self::Rounded);
 
-    /// Panels `x` of `features` as a factor of products, which are computed in bf16 if `half`.
+    /// Panels `x` of `features` as a factor of products, which are computed with rounded factors if `half`.
     fn factor<'a>(&self, half: bool, x: &'a Self::Buffer, features: usize) -> Factor<'a, Self> {
         Factor {
             x,
@@ -537,7 +540,7 @@ pub(in crate::ml) trait Device: Send + Sync + Sized {
         None
     }
 
-    /// The sum of the rows of a weight that the device holds, with `half` of its values rounded to bf16.
+    /// The sum of the rows of a weight that the device holds, with `half` of its values rounded to the type of products.
     ///
     /// # Errors
     /// An operation before this failed.

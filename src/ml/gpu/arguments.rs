@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use candle_core::Result;
+use pipeline_kernels::FloatType;
 use pipeline_kernels_gpu as gpu;
 
 use super::Gpu;
@@ -42,7 +43,7 @@ impl Gpu {
             }],
             onto: gpu::Onto::Zero,
             bias: None,
-            half: false,
+            rounding: FloatType::F32,
             out: &mut out,
         });
         self.device.read(&out).map_err(failed)
@@ -53,6 +54,11 @@ impl Gpu {
         let (key, shape) = (Key::Tensor(view.id), view.shape()?);
         let values = || view.values();
         self.copies().weight(&self.device, key, values, shape)
+    }
+
+    /// What factors of products are rounded to, if they are.
+    pub(super) fn rounding(&self, rounds: bool) -> FloatType {
+        if rounds { self.compute } else { FloatType::F32 }
     }
 
     /// What a product is added to.

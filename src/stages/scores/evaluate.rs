@@ -481,7 +481,6 @@ impl Measure for Parameters {
                 by_row,
             });
         }
-        note_work(cx, &place);
         report::write(cx, &split, rows.len(), &scored, form.noted())?;
         cx.info(told(form, rows.len(), &scored));
         if self.num_answers > 0 && form != Form::Rewards {
@@ -499,6 +498,7 @@ impl Measure for Parameters {
             fs::write(cx.out().join("answers.jsonl"), lines)
                 .context("could not write `answers.jsonl`")?;
         }
+        note_work(cx, &place);
         Ok(())
     }
 }

@@ -110,10 +110,9 @@ pub(super) fn run<M: Method>(
     arguments: &TrainingArguments,
 ) -> anyhow::Result<()> {
     let inputs = Inputs::read(cx, method, common, arguments)?;
-    let found = estimate::estimate(method, &inputs)?;
-    let estimate = &found.estimate;
+    let estimate = &estimate::estimate(method, &inputs)?;
     estimate::tell(cx, estimate, &inputs)?;
-    let place = place_that_fits(cx, &found, &inputs, place(cx)?)?;
+    let place = place_that_fits(cx, estimate, &inputs, place(cx)?)?;
     let trained = inputs.trained();
     let Inputs {
         folder,

@@ -105,7 +105,7 @@ impl<M: Method> Stage for Train<M> {
 
     fn estimate(&self, cx: &Context) -> anyhow::Result<Option<Estimate>> {
         let inputs = Inputs::read(cx, &self.method, &self.common, &self.arguments)?;
-        Ok(Some(estimate(&self.method, &inputs)?.estimate))
+        Ok(Some(estimate(&self.method, &inputs)?))
     }
 
     fn position(&self, scratch: &Path) -> Option<Position> {
