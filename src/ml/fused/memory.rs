@@ -103,8 +103,8 @@ impl PassSizes {
             ranks.sum::<usize>()
         };
         let ranks = layers.iter().map(ranks).collect();
-        let mut linears = model.layers.iter().flat_map(model::Layer::linears);
-        let mut pairs = linears.by_ref().filter_map(|linear| linear.lora.as_ref());
+        let linears = model.layers.iter().flat_map(model::Layer::linears);
+        let mut pairs = linears.filter_map(|linear| linear.lora.as_ref());
         Self {
             dora: pairs.any(|pair| pair.magnitude.is_some()),
             ..Self::new(&model.arch, model.compute, ranks, false)
@@ -265,6 +265,7 @@ impl PassSizes {
 
 #[cfg(test)]
 mod tests {
+    use super::super::tests::dora;
     use super::super::{Fused, Packing};
     use super::*;
     use crate::ml::backend::Backend as _;
@@ -283,15 +284,22 @@ mod tests {
         let targets = loss.targets(&batch);
         let (folder, adapter) = (golden::folder("model"), golden::folder("adapter_init"));
         let arch = Arch::read(&folder).unwrap();
-        let adapter = Adapter::load(&adapter).unwrap();
+        let plain = Adapter::load(&adapter).unwrap();
+        let scaled = dora::adapter(0.);
         let cases = [DType::F32, DType::BF16].into_iter().flat_map(|compute| {
             [false, true].into_iter().flat_map(move |checkpointing| {
-                [false, true].map(|beside_base| (compute, checkpointing, beside_base))
+                let both = [(false, false), (true, false), (false, true)];
+                both.map(|(beside_base, dora)| (compute, checkpointing, beside_base, dora))
             })
         });
-        for (compute, checkpointing, beside_base) in cases {
+        for (compute, checkpointing, beside_base, dora) in cases {
             let trained = Trained::Adapter;
-            let model = golden::model("model", Some("adapter_init"), trained, compute);
+            let (model, adapter) = if dora {
+                (dora::model("model", 0., trained, compute), &scaled)
+            } else {
+                let model = golden::model("model", Some("adapter_init"), trained, compute);
+                (model, &plain)
+            };
             let fused = Fused::new(&model, Packing::default()).unwrap();
             let pass = Pass::train(None);
             let mut forward = if beside_base {
@@ -306,7 +314,7 @@ mod tests {
             let mut gradients = Gradients::none(&model);
             let grad_logps = vec![0.1; targets.len()];
             forward.backward(&grad_logps, &mut gradients).unwrap();
-            let sizes = PassSizes::of_files(&arch, Some(&adapter), trained, compute, false);
+            let sizes = PassSizes::of_files(&arch, Some(adapter), trained, compute, false);
             let sizes = sizes.unwrap();
             assert_eq!(sizes, PassSizes::of_model(&model));
             let length = PassLength {
@@ -319,7 +327,7 @@ mod tests {
             let ratio = (estimate - at_targets) as f64 / fused.device.pool.bytes() as f64;
             assert!(
                 (0.9..1.1).contains(&ratio),
-                "{compute:?}, checkpointing {checkpointing}, beside {beside_base}: {ratio}"
+                "{compute:?}, checkpointing {checkpointing}, beside {beside_base}, DoRA {dora}: {ratio}"
             );
         }
     }

@@ -3,7 +3,7 @@
 mod beside_base;
 mod bits;
 mod decode;
-mod dora;
+pub(super) mod dora;
 mod families;
 #[cfg(feature = "gpu")]
 mod gpu;

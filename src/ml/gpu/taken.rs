@@ -1,7 +1,6 @@
 //! Frozen weights that are on a GPU alone: all of a model's are copied there, and the host gives up their values.
 //!
-//! What is left of them in the host's memory is their shapes. So nothing but the fast path may run the model then, and whatever else asks for a
-//! value is told that it is not there.
+//! What is left of them in the host's memory is their shapes. So nothing but the fast path of that device may run the model then.
 
 use std::sync::{Arc, Mutex};
 

@@ -2,6 +2,7 @@
 //!
 //! `cargo test --lib eight_billion -- --nocapture | grep '|'` prints them by part.
 
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::Write as _;
 
@@ -94,8 +95,8 @@ fn adapter(arch: &Arch, r: usize) -> Adapter {
     Adapter {
         config,
         tensors: all.collect(),
-        saved: Default::default(),
-        token_rows: Default::default(),
+        saved: BTreeMap::new(),
+        token_rows: BTreeMap::new(),
     }
 }
 

@@ -7,7 +7,7 @@ use crate::ml::model::linear::row_norms;
 const ORPO: &dyn Loss = &Orpo { beta: 0.1 };
 
 /// A new `DoRA` for all projections, whose matrices are random and whose magnitudes are not the rows' norms.
-fn adapter(dropout: f64) -> Adapter {
+pub(in crate::ml::fused) fn adapter(dropout: f64) -> Adapter {
     let folder = golden::folder("model");
     let (arch, weights) = (Arch::read(&folder).unwrap(), Weights::open(&folder).unwrap());
     let new = NewAdapter {
@@ -31,7 +31,7 @@ fn adapter(dropout: f64) -> Adapter {
     adapter
 }
 
-pub(super) fn model(base: &str, dropout: f64, trained: Trained, compute: DType) -> CausalLm {
+pub(in crate::ml::fused) fn model(base: &str, dropout: f64, trained: Trained, compute: DType) -> CausalLm {
     let folder = golden::folder(base);
     let (arch, weights) = (Arch::read(&folder).unwrap(), Weights::open(&folder).unwrap());
     let (adapter, device) = (adapter(dropout), candle_core::Device::Cpu);
