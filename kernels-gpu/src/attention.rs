@@ -20,11 +20,11 @@ use crate::spans::{KEY_BLOCK, QUERY_BLOCK, Spans};
 /// The keys whose scores a unit computes at a time: 32 over the parts of a cube.
 const EACH: usize = WIDE / PARTS;
 /// Less than any score.
-const LOWEST: f32 = -1.0e30;
+pub(crate) const LOWEST: f32 = -1.0e30;
 
 /// Where feature 0 of head `head` of a token is in panels of `heads` heads.
 #[cube]
-fn place(token: usize, heads: usize, head: usize, #[comptime] width: usize) -> usize {
+pub(crate) fn place(token: usize, heads: usize, head: usize, #[comptime] width: usize) -> usize {
     ((token / WIDE * heads + head) * width) * WIDE + token % WIDE
 }
 
@@ -79,7 +79,7 @@ fn attends(tables: &[u32], limits: usize, key: u32) -> bool {
 
 /// A score from the product of a query and a key.
 #[cube]
-fn score(product: f32, scale: f32, cap: f32, #[comptime] capped: bool) -> f32 {
+pub(crate) fn score(product: f32, scale: f32, cap: f32, #[comptime] capped: bool) -> f32 {
     let scaled = product * scale;
     if comptime!(capped) {
         cap * tanh(scaled / cap)

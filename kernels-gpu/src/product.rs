@@ -7,12 +7,15 @@
 use std::ops::Range;
 
 use cubecl::prelude::*;
+use pipeline_kernels::FloatType;
 use pipeline_kernels::panels::LANES;
 
 use crate::buffer::Buffer;
 use crate::device::{Device, UNITS};
 use crate::kernels::LANES as WIDE;
-use crate::weight::{Format, Matrix, Part, round_to_bf16, weight_value};
+use crate::weight::{
+    Format, Matrix, Part, round_factor_to_f16, round_to_bf16, weight_value,
+};
 
 /// One term of a sum of products, `weight * x`.
 #[derive(Debug, Clone)]
@@ -45,8 +48,17 @@ pub struct Product<'a> {
     pub onto: Onto<'a>,
     /// A number for each feature of the output, which is added to that feature of all tokens.
     pub bias: Option<&'a Buffer>,
-    /// Whether weights and activations are rounded to bf16 first; sums are in f32 in any case.
-    pub half: bool,
+    /// What weights and activations are rounded to first; sums are in f32 in any case.
+    pub rounding: FloatType,
+}
+
+/// The number of a rounding for kernels.
+pub(crate) fn rounding_number(rounding: FloatType) -> u32 {
+    match rounding {
+        FloatType::F32 => 0,
+        FloatType::Bf16 => 1,
+        FloatType::F16 => 2,
+    }
 }
 
 /// The depth that is multiplied at a time.
@@ -70,7 +82,7 @@ fn add_term(
     #[comptime] per_unit: usize,
     #[comptime] format: u32,
     #[comptime] transposed: bool,
-    #[comptime] half: bool,
+    #[comptime] rounding: u32,
 ) {
     let unit = UNIT_POS as usize;
     let rows = comptime!(per_unit * 32);
@@ -96,8 +108,11 @@ fn add_term(
                     index = start + (first + k) * columns + first_row + r;
                 }
                 value = weight_value(words, scales, index, format);
-                if comptime!(half && format != 1 && format != 4) {
+                if comptime!(rounding == 1 && format != 1 && format != 4) {
                     value = round_to_bf16(value);
+                }
+                if comptime!(rounding == 2 && format != 2 && format != 5) {
+                    value = round_factor_to_f16(value);
                 }
             }
             shared_weight[k * stride + r] = value;
@@ -109,8 +124,11 @@ fn add_term(
             let mut value = 0.0f32;
             if first + k < depth {
                 value = x[x_start + first * WIDE + place];
-                if comptime!(half) {
+                if comptime!(rounding == 1) {
                     value = round_to_bf16(value);
+                }
+                if comptime!(rounding == 2) {
+                    value = round_factor_to_f16(value);
                 }
             }
             shared_x[place] = value;
@@ -164,7 +182,7 @@ fn product_kernel(
     #[comptime] transposed: bool,
     #[comptime] pair: bool,
     #[comptime] pair_transposed: bool,
-    #[comptime] half: bool,
+    #[comptime] rounding: u32,
     #[comptime] onto_mode: u32,
     #[comptime] has_bias: bool,
 ) {
@@ -195,7 +213,7 @@ fn product_kernel(
             per_unit,
             format,
             transposed,
-            half,
+            rounding,
         );
         if comptime!(pair) {
             add_term(
@@ -214,7 +232,7 @@ fn product_kernel(
                 per_unit,
                 0u32,
                 pair_transposed,
-                half,
+                rounding,
             );
         }
         let unit = UNIT_POS as usize;
@@ -360,7 +378,7 @@ impl Device {
             terms,
             mut onto,
             mut bias,
-            half,
+            rounding,
         } = product;
         let mut terms = terms.iter().peekable();
         while let Some(term) = terms.next() {
@@ -386,7 +404,7 @@ impl Device {
                 } else {
                     (Onto::Out, None)
                 };
-                self.launch(out, (height, panels), &piece, own, (from, added), half);
+                self.launch(out, (height, panels), &piece, own, (from, added), rounding);
                 number += 1;
             }
             (onto, bias) = (Onto::Out, None);
@@ -403,7 +421,7 @@ impl Device {
         piece: &Piece<'_>,
         pair: Option<&Piece<'_>>,
         (onto, bias): (Onto<'_>, Option<&Buffer>),
-        half: bool,
+        rounding: FloatType,
     ) {
         // A unit's rows: few for a product of low rank.
         let per_unit = if piece.out.len() <= 32 { 1 } else { 4 };
@@ -443,7 +461,7 @@ impl Device {
             piece.transposed,
             pair.is_some(),
             pair.is_some_and(|pair| pair.transposed),
-            half,
+            rounding_number(rounding),
             mode,
             bias.is_some(),
         );

@@ -7,6 +7,8 @@ use pipeline_kernels::panels::size;
 use crate::{Device, adapters};
 
 mod attention;
+mod cached;
+mod dora;
 mod elementwise;
 mod failures;
 mod held;

@@ -175,7 +175,25 @@ fn sum_capped_kernel(logits: &[f32], out: &mut [f32], cap: f32, ids: u32) {
     }
 }
 
+#[cube(launch)]
+fn slopes_kernel(products: &mut [f32], cap: f32) {
+    let index = ABSOLUTE_POS;
+    if index < products.len() {
+        let t = tanh(products[index] / cap);
+        products[index] = 1.0f32 - t * t;
+    }
+}
+
 impl Device {
+    /// See [`pipeline_kernels::vocabulary::soft_cap_slopes`].
+    pub fn soft_cap_slopes(&self, products: &mut Buffer, softcap: f32) {
+        if self.idle(products.len()) {
+            return;
+        }
+        let (cubes, units) = self.units(products.len());
+        slopes_kernel::launch(&self.client, cubes, units, products.arg(), softcap);
+    }
+
     /// The summaries of no ids, for so many panels.
     pub fn summaries(&self, panels: usize) -> Summaries {
         let words = self.take(ROWS * LANES * panels);

@@ -282,6 +282,17 @@ pub(crate) fn round_to_f16(x: f32) -> f32 {
     out
 }
 
+/// The same for a factor of a product: what is beyond the range becomes infinite, as it does where products are in half precision.
+#[cube]
+pub(crate) fn round_factor_to_f16(x: f32) -> f32 {
+    let mut out = round_to_f16(x);
+    if x.abs() >= 65520.0f32 {
+        let sign = u32::reinterpret(x) & 0x8000_0000;
+        out = f32::reinterpret(sign | 0x7f80_0000);
+    }
+    out
+}
+
 /// Half precision's 16 bits as a number.
 #[cube]
 pub(crate) fn half_value(bits: u32) -> f32 {

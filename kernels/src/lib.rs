@@ -20,6 +20,7 @@
 pub mod attention;
 pub mod bf16;
 pub mod dispatch;
+pub mod dora;
 pub mod dropout;
 pub mod elementwise;
 pub mod exp;

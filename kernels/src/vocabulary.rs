@@ -106,6 +106,31 @@ impl Loop for SumCapped<'_> {
     }
 }
 
+/// Replaces products of the head by the derivatives of the logits that a `softcap` makes of them, `1 - tanh^2(product / cap)`. The values are
+/// in any order.
+pub fn soft_cap_slopes(products: &mut [f32], softcap: f32) {
+    let parts = products.par_chunks_mut(SUMMED * LANES);
+    parts.for_each(|part| run(Slopes(part, softcap)));
+}
+
+struct Slopes<'a>(&'a mut [f32], f32);
+
+impl Loop for Slopes<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<const FMA: bool>(self) {
+        let inverse = 1. / self.1;
+        let slope = |x: &mut f32| {
+            let t = tanh::<FMA>(*x * inverse);
+            *x = 1. - t * t;
+        };
+        let (rows, rest) = self.0.as_chunks_mut::<LANES>();
+        rows.iter_mut().flatten().for_each(slope);
+        rest.iter_mut().for_each(slope);
+    }
+}
+
 struct Exponentials<'a> {
     logits: &'a mut [f32],
     /// The id of the first logit.
@@ -363,6 +388,8 @@ pub(crate) mod tests {
                         left[of(panel, ids.start)..of(panel, ids.end)].copy_from_slice(new);
                     }
                 }
+                let mut slopes = logits.clone();
+                soft_cap_slopes(&mut slopes[5..], cap);
                 for (panel, summary) in summaries.iter().enumerate() {
                     for lane in 0..LANES {
                         let index = |id: usize| (panel * vocabulary + id) * LANES + lane;
@@ -379,6 +406,9 @@ pub(crate) mod tests {
                             let ours = f64::from(left[index(id)] / summary.sum[lane]);
                             let exact = p(id) * (1. - t(id) * t(id));
                             assert!((ours - exact).abs() < 1e-6, "{id}: {ours} {exact}");
+                            let slope = f64::from(slopes[index(id)]);
+                            let far = (slope - (1. - t(id) * t(id))).abs();
+                            assert!(index(id) < 5 || far < 1e-6, "{id}: {slope}");
                         }
                     }
                 }

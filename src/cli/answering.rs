@@ -9,8 +9,13 @@ use chrono::NaiveDate;
 
 use super::target::Target;
 use super::{Failure, eprint, eprint_note};
+use crate::engine::DeviceChoice;
 use crate::inference::{Folders, Loaded, Options};
+use crate::ml::execution::{Execution, Kind};
+use crate::ml::fused::Packing;
 use crate::ml::generation_config::GenerationConfig;
+use crate::ml::model::CausalLm;
+use crate::ml::place::{Place, Wanted};
 use crate::ml::sampling::Sampling;
 use crate::text::template::LONGEST;
 
@@ -54,6 +59,9 @@ pub(super) struct AnswerArgs {
     /// Computes matrix products in bf16, which is faster on some processors and rounds more; otherwise in f32
     #[arg(long)]
     bf16: bool,
+    /// Where answers are computed: `cpu`, `gpu`, `gpu:1` or `auto`
+    #[arg(long, value_name = "DEVICE", default_value_t = DeviceChoice::Cpu)]
+    device: DeviceChoice,
 }
 
 /// The most tokens of an answer where nobody says anything.
@@ -92,8 +100,48 @@ impl AnswerArgs {
         })
     }
 
+    /// Opens the place where answers are computed.
+    pub(super) fn place(&self) -> Result<Place, Failure> {
+        let wanted = match self.device {
+            DeviceChoice::Cpu => Wanted::Cpu,
+            DeviceChoice::Auto => Wanted::Auto,
+            DeviceChoice::Gpu(number) => Wanted::Gpu(number),
+        };
+        let place = Place::open(wanted).map_err(|why| self.no_device(&why))?;
+        if let Some(why) = place.instead() {
+            eprint(&format!("note: computes on the processor: {why}\n"));
+        }
+        Ok(place)
+    }
+
+    /// Runs a model in that place.
+    pub(super) fn execution<'m>(
+        &self,
+        model: &'m CausalLm,
+        place: &Place,
+    ) -> Result<Execution<'m>, Failure> {
+        let execution = Execution::placed(model, Packing::default(), place);
+        let execution = execution.map_err(|why| self.no_device(&why))?;
+        if let (Some(adapter), Kind::Fused(_) | Kind::Reference) =
+            (place.adapter(), execution.kind())
+        {
+            let why = execution.fallback().unwrap_or("it lacks something");
+            let name = &adapter.name;
+            eprint(&format!(
+                "note: computes on the processor, for {name} can't: {why}\n"
+            ));
+        }
+        Ok(execution)
+    }
+
+    fn no_device(&self, why: &str) -> Failure {
+        let message = format!("`--device {}` can't be had: {why}", self.device);
+        let hint = "with `--device auto` the processor computes where no GPU can, and `pipeline doctor` lists the GPUs";
+        Failure::Usage(super::error::with_hint(&message, hint))
+    }
+
     /// Opens a model.
-    pub(super) fn load(&self, folders: &Folders) -> Result<Loaded, Failure> {
+    fn load(&self, folders: &Folders, place: &Place) -> Result<Loaded, Failure> {
         let template =
             match &self.template {
                 None => None,
@@ -112,19 +160,22 @@ impl AnswerArgs {
             };
         let today = || chrono::Local::now().date_naive();
         let date = self.date.unwrap_or_else(today);
-        Ok(Loaded::open(folders, self.bf16, template.as_deref(), date)?)
+        let mut loaded = Loaded::open(folders, self.bf16, template.as_deref(), date)?;
+        loaded.move_to(place)?;
+        Ok(loaded)
     }
 
-    /// Opens a target and, with `compare`, what it is compared with, if that is another model in memory.
+    /// Opens a target and, with `compare`, what it is compared with, if that is another model in memory, to be run in a place.
     pub(super) fn load_sides(
         &self,
         target: &Target,
         compare: bool,
+        place: &Place,
     ) -> Result<(Loaded, Option<Loaded>), Failure> {
         if let Some(note) = &target.note {
             eprint_note(note);
         }
-        let tuned = self.load(&target.tuned)?;
+        let tuned = self.load(&target.tuned, place)?;
         let left_out = &tuned.generation().left_out;
         if !left_out.is_empty() {
             eprint(&format!(
@@ -136,7 +187,7 @@ impl AnswerArgs {
             _ if !compare => None,
             // The base is in memory with its adapter.
             (Some(_), _) => None,
-            (None, Some(base)) => Some(self.load(base)?),
+            (None, Some(base)) => Some(self.load(base, place)?),
             (None, None) => {
                 let message = format!("`{}` was made of no other model", target.name);
                 let hint = "give the folder to compare with as `--base DIR`";

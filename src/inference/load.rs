@@ -7,8 +7,10 @@ use candle_core::{DType, Device};
 use chrono::NaiveDate;
 
 use crate::ml::adapter::Adapter;
+use crate::ml::execution::Execution;
 use crate::ml::generation_config::GenerationConfig;
 use crate::ml::model::{CausalLm, Trained, tied};
+use crate::ml::place::Place;
 use crate::text::template::ChatTemplate;
 use crate::text::tokenizer::{Tokenizer, chat_template, special_tokens};
 use crate::text::turn_end::turn_end;
@@ -101,6 +103,14 @@ impl Loaded {
             tokenizer,
             generation,
         })
+    }
+
+    /// Moves the weights to the GPU of a place, if it is one: from then on the model has to be run there.
+    ///
+    /// # Errors
+    /// The GPU has no memory for them.
+    pub fn move_to(&mut self, place: &Place) -> anyhow::Result<()> {
+        Ok(Execution::move_weights(&mut self.model, place)?)
     }
 
     /// The model.

@@ -177,4 +177,9 @@ pub trait Decoder: Send {
     /// # Errors
     /// A text that is not there or is shorter.
     fn truncate(&mut self, text: usize, length: usize) -> Result<()>;
+
+    /// The number of tokens of prompts that best go through the model at a time.
+    fn at_once(&self) -> usize {
+        32
+    }
 }

@@ -7,7 +7,7 @@ use candle_core::Result;
 
 use super::backend::{Backend, Decoder, ForwardPass, WithBase};
 pub use super::backend::{PassSize, Scores, Token};
-use super::fused::{Fused, Packing, unsupported_pass};
+use super::fused::{Fused, Packing};
 use super::model::CausalLm;
 use super::model::batch::Batch;
 use super::model::linear::Pass;
@@ -53,7 +53,7 @@ impl<'m> Execution<'m> {
         if let Kind::Gpu(packing) = wanted
             && let Some(place) = Place::of_tests()
         {
-            let placed = Self::placed(model, packing, &place, Pass::INFER);
+            let placed = Self::placed(model, packing, &place);
             return placed.expect("a GPU runs what a test asks it for");
         }
         let (kind, backend, fallback): (_, Box<dyn Backend + 'm>, _) = match wanted {
@@ -75,25 +75,20 @@ impl<'m> Execution<'m> {
         }
     }
 
-    /// Runs `model` in a place, in passes of the kind of `pass`. The processor, which also takes the place of a GPU that was not asked for by
-    /// name, computes on the reference path what the fast one lacks.
+    /// Runs `model` in a place. The processor, which also takes the place of a GPU that was not asked for by name, computes on the reference
+    /// path what the fast one lacks.
     ///
     /// # Errors
-    /// A GPU that was asked for by name does not support the model or the passes; the error is a clause that says what it lacks.
+    /// A GPU that was asked for by name does not support the model; the error is a clause that says what it lacks.
     pub fn placed(
         model: &'m CausalLm,
         packing: Packing,
         place: &Place,
-        pass: Pass,
     ) -> std::result::Result<Self, String> {
-        let lacks = unsupported_pass(model, pass);
         #[cfg(feature = "gpu")]
         if let Some(device) = &place.gpu {
-            let gpu = super::gpu::Gpu::new(std::sync::Arc::clone(device));
-            match lacks
-                .clone()
-                .map_or_else(|| Fused::on(gpu, model, packing), Err)
-            {
+            let gpu = super::gpu::Gpu::new(std::sync::Arc::clone(device), model);
+            match Fused::on(gpu, model, packing) {
                 Ok(backend) => {
                     return Ok(Self {
                         model,
@@ -110,13 +105,23 @@ impl<'m> Execution<'m> {
         }
         #[cfg(not(feature = "gpu"))]
         let _ = place;
-        Ok(match lacks {
-            None => Self::new(model, Kind::Fused(packing)),
-            Some(why) => Self {
-                fallback: Some(why.to_string()),
-                ..Self::new(model, Kind::Reference)
-            },
-        })
+        Ok(Self::new(model, Kind::Fused(packing)))
+    }
+
+    /// Moves the frozen weights of a model to the GPU of a place: the host's memory has them no longer. Nothing happens on the processor, or
+    /// where the GPU can't run the model. From then on the model has to be run there.
+    ///
+    /// # Errors
+    /// The GPU has no memory for them.
+    pub fn move_weights(model: &mut CausalLm, place: &Place) -> Result<()> {
+        #[cfg(feature = "gpu")]
+        if let Some(device) = &place.gpu
+            && super::fused::unsupported_feature::<super::gpu::Gpu>(model).is_none()
+        {
+            super::gpu::take_weights(device, model)?;
+        }
+        let _ = (model, place);
+        Ok(())
     }
 
     /// Runs `model` with a backend that a test made.

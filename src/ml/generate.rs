@@ -11,9 +11,6 @@ pub use super::sampling::NotFinite;
 use super::sampling::Sampler;
 use super::threads::in_pool;
 
-/// Tokens of prompts that go through the model at a time.
-const CHUNK: usize = 32;
-
 /// Why an answer ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Finish {
@@ -145,7 +142,7 @@ impl<'a> Generator<'a> {
             answers: &mut answers,
         };
         let mut next = Vec::new();
-        for chunk in all.chunks(CHUNK) {
+        for chunk in all.chunks(self.decoder.at_once().max(1)) {
             if listener.step()?.is_break() {
                 choice.break_off();
                 return Ok(answers);

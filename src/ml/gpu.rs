@@ -1,21 +1,25 @@
 //! A GPU as a device of [`super::fused`]: crate `kernels-gpu` on whatever graphics interface the machine has.
 //!
-//! Weights stay in the host's memory too, from which checkpoints and merged models are written. The first pass that needs one copies it to
-//! the device in the type in which it is stored. A training with `AdamW` keeps the trained tensors, their gradients and moments there
+//! Weights are copied to the device in the type in which they are stored: by the first pass that needs one, or all frozen ones at once, which
+//! the host then gives up ([`taken`]). A training with `AdamW` keeps the trained tensors, their gradients and moments there
 //! ([`held`]): a step copies ids, tables of them and a few numbers of each target. With other optimisers, which work on the host, trained
 //! tensors are copied anew when a pass begins, and their gradients come out.
 
+mod arguments;
+mod cache;
 mod copies;
 mod held;
 mod matrix;
 mod tables;
+mod taken;
 
 use std::borrow::Cow;
 use std::fmt;
 use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard};
 
-use candle_core::{Result, Var};
+use candle_core::{DType, Result, Var};
+use pipeline_kernels::FloatType;
 use pipeline_kernels::attention::Spans;
 use pipeline_kernels::dropout::Dropout;
 use pipeline_kernels::gated::Activation;
@@ -25,20 +29,22 @@ use pipeline_kernels::reduce::Order;
 use pipeline_kernels::vocabulary::Summary;
 use pipeline_kernels_gpu as gpu;
 
-use copies::{Copies, Key, failed, lock};
+pub(in crate::ml) use arguments::Floats;
+use arguments::words;
+pub(in crate::ml) use copies::Copies;
+use copies::{Key, failed, lock};
 use held::Held;
 pub(in crate::ml) use matrix::GpuMatrix;
 use tables::Tables;
+pub(in crate::ml) use taken::take_weights;
 
+use super::backend::Decoder;
+use super::fused::cached::CachedDecoder;
 use super::fused::device::{Attention, Device, Onto, Part, Product, Rotary};
 use super::fused::weights::{BaseWeight, TensorView};
 use super::model::CausalLm;
 use super::model::linear::{Pass, Weight};
 use super::resident::{Resident, TrainedTensor};
-
-/// Floats on the device; none before they are taken.
-#[derive(Default)]
-pub(in crate::ml) struct Floats(Option<gpu::Buffer>);
 
 /// An opened GPU and the weights that were copied to it.
 pub(in crate::ml) struct Gpu {
@@ -47,6 +53,8 @@ pub(in crate::ml) struct Gpu {
     tables: Mutex<Tables>,
     /// Stands for buffers that were not taken.
     none: gpu::Buffer,
+    /// The type of the factors of products that are rounded.
+    compute: FloatType,
 }
 
 impl fmt::Debug for Gpu {
@@ -58,69 +66,23 @@ impl fmt::Debug for Gpu {
 }
 
 impl Gpu {
-    /// Works on an opened device.
-    pub(in crate::ml) fn new(device: Arc<gpu::Device>) -> Self {
+    /// Works on an opened device, with the copies of the model's weights that are there already.
+    pub(in crate::ml) fn new(device: Arc<gpu::Device>, model: &CausalLm) -> Self {
         Self {
             none: device.take(0),
             device,
-            copies: Arc::default(),
+            copies: taken::copies(model),
+            compute: match model.compute {
+                DType::F16 => FloatType::F16,
+                _ => FloatType::Bf16,
+            },
             tables: Mutex::default(),
         }
-    }
-
-    fn of<'b>(&'b self, x: &'b Floats) -> &'b gpu::Buffer {
-        x.0.as_ref().unwrap_or(&self.none)
-    }
-
-    fn of_mut<'b>(&self, x: &'b mut Floats) -> &'b mut gpu::Buffer {
-        x.0.get_or_insert_with(|| self.device.take(0))
     }
 
     fn copies(&self) -> MutexGuard<'_, Copies> {
         lock(&self.copies)
     }
-
-    /// The dot product of each token of `x`, panels of as many features as there are weights, with these.
-    fn dots(&self, x: &gpu::Buffer, weights: &[f64]) -> Result<Vec<f32>> {
-        let row: Vec<f32> = weights.iter().map(|weight| *weight as f32).collect();
-        let weight = gpu::Device::weight_in(self.device.take_with(&row), 1, row.len());
-        let mut out = self.device.take(x.len() / row.len().max(1));
-        self.device.product(gpu::Product {
-            terms: vec![gpu::Term {
-                weight: weight.matrix(),
-                x,
-            }],
-            onto: gpu::Onto::Zero,
-            bias: None,
-            half: false,
-            out: &mut out,
-        });
-        self.device.read(&out).map_err(failed)
-    }
-
-    fn dense(&self, view: &TensorView<'_>) -> Result<Arc<gpu::Weight>> {
-        let matrix = view.matrix()?;
-        let shape = (matrix.height(), matrix.depth());
-        let key = Key::Tensor(view.id);
-        self.copies()
-            .weight(&self.device, key, view.values()?, shape)
-    }
-
-    fn inputs<'b>(&'b self, inputs: &Attention<'b, Self>) -> gpu::Attention<'b> {
-        gpu::Attention {
-            q: self.of(inputs.q),
-            k: self.of(inputs.k),
-            v: self.of(inputs.v),
-            heads: inputs.heads,
-            scores: inputs.scores,
-            spans: inputs.spans,
-        }
-    }
-}
-
-/// Numbers of tokens and rows as the device has them.
-fn words<'a>(all: impl Iterator<Item = &'a usize>) -> Vec<u32> {
-    all.map(|number| *number as u32).collect()
 }
 
 impl Device for Gpu {
@@ -133,6 +95,7 @@ impl Device for Gpu {
     type Summaries = gpu::Summaries;
 
     const ON_HOST: bool = false;
+    const HAS_F16: bool = true;
 
     fn expect(&self, _: usize) {}
 
@@ -185,21 +148,24 @@ impl Device for Gpu {
         let copy = match weight {
             BaseWeight::Dense(view) => self.dense(view)?,
             BaseWeight::Nf4(nf4) => {
-                let key = Key::Nf4(std::ptr::from_ref(*nf4).addr());
-                let values = Values::Nf4(nf4.kernel());
-                self.copies().weight(&self.device, key, values, nf4.shape)?
+                let values = || Ok(Values::Nf4(nf4.kernel()));
+                self.copies()
+                    .weight(&self.device, Key::of(nf4), values, nf4.shape)?
             }
             BaseWeight::Bare(_) => candle_core::bail!("a weight without a tensor"),
         };
         Ok(GpuMatrix {
-            rows: 0..weight.matrix()?.height(),
+            rows: 0..weight.shape()?.0,
             weight: copy,
             transposed: false,
         })
     }
 
     fn rows<'a>(&'a self, weight: &'a TensorView<'_>, rows: Range<usize>) -> Result<GpuMatrix> {
-        weight.rows(rows.clone())?;
+        let all = weight.shape()?.0;
+        if rows.start > rows.end || rows.end > all {
+            candle_core::bail!("a weight of {all} rows has no rows {rows:?}")
+        }
         Ok(GpuMatrix {
             weight: self.dense(weight)?,
             rows,
@@ -208,7 +174,7 @@ impl Device for Gpu {
     }
 
     fn vector<'a>(&'a self, values: &'a TensorView<'_>) -> Result<Arc<gpu::Buffer>> {
-        let floats = values.floats()?;
+        let floats = || values.floats();
         self.copies().vector(&self.device, values.id, floats)
     }
 
@@ -226,20 +192,16 @@ impl Device for Gpu {
 
     fn products(&self, all: Vec<Product<'_, '_, Self>>) {
         for each in all {
-            let half = each.terms.iter().any(|term| term.x.rounded.is_some());
+            let rounds = each.terms.iter().any(|term| term.x.rounded.is_some());
             let terms = each.terms.iter().map(|term| gpu::Term {
                 weight: term.weight.borrow(),
                 x: self.of(term.x.x),
             });
             self.device.product(gpu::Product {
                 terms: terms.collect(),
-                onto: match each.onto {
-                    Onto::Zero => gpu::Onto::Zero,
-                    Onto::Out => gpu::Onto::Out,
-                    Onto::Values(values) => gpu::Onto::Values(self.of(values)),
-                },
+                onto: self.onto(&each.onto),
                 bias: each.bias.as_deref(),
-                half,
+                rounding: self.rounding(rounds),
                 out: self.of_mut(each.out),
             });
         }
@@ -390,6 +352,37 @@ impl Device for Gpu {
         self.device.rope(self.of_mut(x), features, rotary, back);
     }
 
+    fn row_factors(
+        &self,
+        base: GpuMatrix,
+        (a, b): (GpuMatrix, GpuMatrix),
+        scaling: f32,
+        magnitude: Arc<gpu::Buffer>,
+    ) -> [Floats; 2] {
+        let (base, a, b) = (base.borrow(), a.borrow(), b.borrow());
+        let made = self.device.row_factors(&base, (&a, &b), scaling, &magnitude);
+        made.map(|values| Floats(Some(values)))
+    }
+
+    fn scale_features(
+        &self,
+        x: &Floats,
+        factors: &Floats,
+        bias: Option<Arc<gpu::Buffer>>,
+        onto: &Onto<'_, Self>,
+        out: &mut Floats,
+    ) {
+        let (x, factors, onto) = (self.of(x), self.of(factors), self.onto(onto));
+        let (bias, out) = (bias.as_deref(), self.of_mut(out));
+        self.device.scale_features(x, factors, bias, onto, out);
+    }
+
+    fn feature_dots(&self, a: &Floats, b: &Floats, factors: &Floats, out: &mut Floats) {
+        let (a, b, factors) = (self.of(a), self.of(b), self.of(factors));
+        let out = self.of_mut(out);
+        self.device.feature_dots(a, b, factors, out);
+    }
+
     fn gated_unit(&self, activation: Activation, gate: &Floats, up: &Floats, out: &mut Floats) {
         let (gate, up, out) = (self.of(gate), self.of(up), self.of_mut(out));
         self.device.gated_unit(activation, gate, up, out);
@@ -433,7 +426,7 @@ impl Device for Gpu {
         out: &mut Floats,
     ) -> Result<()> {
         let view = TensorView::weight(weight, pass)?;
-        let rows = view.matrix()?.height();
+        let rows = view.shape()?.0;
         if let Some(id) = ids.iter().find(|id| **id as usize >= rows) {
             candle_core::bail!("the id {id} lies outside the vocabulary of {rows}")
         }
@@ -523,6 +516,11 @@ impl Device for Gpu {
         Ok(())
     }
 
+    fn soft_cap_slopes(&self, products: &mut Floats, softcap: f32) {
+        let products = self.of_mut(products);
+        self.device.soft_cap_slopes(products, softcap);
+    }
+
     fn token_dots(
         &self,
         x: &Floats,
@@ -553,6 +551,17 @@ impl Device for Gpu {
             .sum())
     }
 
+    fn decoder<'a>(
+        &'a self,
+        model: &'a CausalLm,
+        sequences: usize,
+        longest: usize,
+        pass: Pass,
+    ) -> Result<Option<Box<dyn Decoder + 'a>>> {
+        let made = CachedDecoder::new(self, model, sequences, longest, pass)?;
+        Ok(made.map(|decoder| -> Box<dyn Decoder + 'a> { Box::new(decoder) }))
+    }
+
     fn hold(&self, tensors: &[TrainedTensor<'_>]) -> Result<Option<Box<dyn Resident>>> {
         let held = Held::new(&self.device, &self.copies, tensors)?;
         Ok(Some(Box::new(held)))
@@ -562,13 +571,13 @@ impl Device for Gpu {
         held::gradient(&self.copies(), var).map(|gradient| Floats(Some(gradient)))
     }
 
-    fn held_column_sums(&self, weight: &TensorView<'_>, half: bool) -> Result<Option<Vec<f64>>> {
+    fn held_column_sums(&self, weight: &TensorView<'_>, rounds: bool) -> Result<Option<Vec<f64>>> {
         let held = self.copies();
         let held = held.held(weight.id).and_then(|held| held.weight.clone());
         let Some(held) = held else {
             return Ok(None);
         };
-        let sums = self.device.column_sums(&held, half);
+        let sums = self.device.column_sums(&held, self.rounding(rounds));
         let sums = self.device.read(&sums).map_err(failed)?;
         Ok(Some(sums.into_iter().map(f64::from).collect()))
     }

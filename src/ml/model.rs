@@ -102,6 +102,9 @@ pub struct CausalLm {
     pub(super) compute: DType,
     /// The sum of the head's rows, if that never changes, once it was asked for.
     frozen_column_sum: OnceLock<Tensor>,
+    /// The copies that a device has of frozen weights, whose values the host has given up.
+    #[cfg(feature = "gpu")]
+    pub(super) on_device: Option<std::sync::Arc<dyn std::any::Any + Send + Sync>>,
 }
 
 /// The cached keys and values of all layers, for text generation.

@@ -14,7 +14,6 @@ use crate::ml::fused::Packing;
 use crate::ml::model::CausalLm;
 use crate::ml::model::arch::Arch;
 use crate::ml::model::batch::Row;
-use crate::ml::model::linear::Pass;
 use crate::ml::place::{Place, Wanted};
 use crate::text::tokenizer::special_tokens;
 
@@ -152,18 +151,7 @@ pub(in crate::stages) fn execution_on<'m>(
     packing: Packing,
     place: &Place,
 ) -> anyhow::Result<Execution<'m>> {
-    execution_of(cx, model, packing, place, Pass::INFER)
-}
-
-/// The same for passes of the kind of `pass`.
-pub(in crate::stages) fn execution_of<'m>(
-    cx: &Context,
-    model: &'m CausalLm,
-    packing: Packing,
-    place: &Place,
-    pass: Pass,
-) -> anyhow::Result<Execution<'m>> {
-    let execution = Execution::placed(model, packing, place, pass);
+    let execution = Execution::placed(model, packing, place);
     let execution = execution.map_err(|why| no_device(cx.device(), &why))?;
     match (place.adapter(), execution.kind()) {
         (Some(adapter), Kind::Gpu(_)) => {

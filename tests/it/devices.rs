@@ -75,7 +75,7 @@ fn a_training_goes_on_on_another_device() {
         all
     };
     let (few, all) = (
-        "stages.tuned.train_orpo.max_steps=2",
+        "stages.tuned.train_orpo.max_steps=3",
         "stages.tuned.train_orpo.max_steps=4",
     );
     let project = Project::with_recipes();
@@ -135,9 +135,10 @@ fn what_a_gpu_lacks_is_told() {
     let run = |device: &'static str| {
         let settings = [
             "stages.base.train_sft.max_steps=1",
-            "stages.base.train_sft.fp16=true",
+            "stages.adapter.attach_lora.target_modules=[embed_tokens, q_proj]",
+            "stages.tuned.train_orpo.max_steps=1",
         ];
-        let all = ["run", "recipes/quickstart.yaml", "base", "--device", device];
+        let all = ["run", "recipes/quickstart.yaml", "tuned", "--device", device];
         let settings = settings.iter().flat_map(|setting| ["--set", setting]);
         project.run(&all.into_iter().chain(settings).collect::<Vec<_>>())
     };
@@ -147,7 +148,7 @@ fn what_a_gpu_lacks_is_told() {
         return;
     }
     assert_eq!(refused.code, Some(1));
-    let why = "`device: gpu` can't be had: products run in f16";
+    let why = "`device: gpu` can't be had: the adapter has matrices beside the embeddings or the head";
     assert!(refused.stderr.contains(why), "{}", refused.stderr);
     let computed = run("auto");
     assert_eq!(computed.code, Some(0), "{}", computed.stderr);
@@ -155,4 +156,72 @@ fn what_a_gpu_lacks_is_told() {
     // Where there is no GPU but lavapipe, `auto` says that.
     assert!(told.contains("computes on the processor"), "{told}");
     assert!(told.contains("reference path"), "{told}");
+}
+
+/// What an evaluation on a GPU scores and answers is what the processor does, within rounding.
+#[cfg(feature = "gpu")]
+#[test]
+#[expect(clippy::disallowed_methods, reason = "a switch of the tests alone")]
+fn an_evaluation_answers_alike_on_a_gpu() {
+    use crate::support::program::{events, stages};
+
+    let needed = std::env::var_os("PIPELINE_NEEDS_GPU").is_some_and(|value| value == "1");
+    let project = Project::with_recipes();
+    let run = |more: &[&'static str]| {
+        let settings = [
+            "stages.base.train_sft.max_steps=1",
+            "stages.tuned.train_orpo.max_steps=2",
+            "stages.scores.evaluate.num_answers=2",
+        ];
+        let settings = settings.iter().flat_map(|setting| ["--set", setting]);
+        let all = ["run", "recipes/quickstart.yaml", "scores", "--json"];
+        let all = all.into_iter().chain(settings).chain(more.iter().copied());
+        project.run(&all.collect::<Vec<_>>())
+    };
+    let made = |out: &str| {
+        let done = stages(&events(out), "stage_done");
+        let artifact = done["scores"]["artifact"].as_str().unwrap().to_owned();
+        let file = |name: &str| project.read(&format!(".pipeline/v1/artifacts/{artifact}/{name}"));
+        let scores: serde_json::Value = serde_json::from_str(&file("scores.json")).unwrap();
+        (scores, file("answers.jsonl"))
+    };
+    let plain = run(&[]);
+    assert_eq!(plain.code, Some(0), "{}", plain.stderr);
+    let (scores, answers) = made(&plain.stdout);
+    let ours = run(&["--force", "scores", "--device", "gpu"]);
+    if ours.code != Some(0) && ours.stderr.contains("there is no GPU") && !needed {
+        eprintln!("skipped: {}", ours.stderr);
+        return;
+    }
+    assert_eq!(ours.code, Some(0), "{}", ours.stderr);
+    let (own_scores, own_answers) = made(&ours.stdout);
+    assert_eq!(own_answers, answers);
+    assert_eq!(answers.lines().count(), 2);
+    let on_gpu = project.records().into_iter().any(|record| {
+        record["stage"] == "scores" && record["notes"]["gpu_work"]["launches"].as_u64() > Some(100)
+    });
+    assert!(on_gpu, "it was computed there");
+    near(&own_scores, &scores);
+}
+
+/// Whether two values in JSON are the same, numbers within rounding.
+#[cfg(feature = "gpu")]
+fn near(ours: &serde_json::Value, theirs: &serde_json::Value) {
+    use serde_json::Value;
+
+    match (ours, theirs) {
+        (Value::Object(a), Value::Object(b)) => {
+            assert!(a.keys().eq(b.keys()), "{ours} {theirs}");
+            a.values().zip(b.values()).for_each(|(a, b)| near(a, b));
+        }
+        (Value::Array(a), Value::Array(b)) => {
+            assert_eq!(a.len(), b.len());
+            a.iter().zip(b).for_each(|(a, b)| near(a, b));
+        }
+        (Value::Number(a), Value::Number(b)) => {
+            let (a, b) = (a.as_f64().unwrap(), b.as_f64().unwrap());
+            assert!((a - b).abs() <= 1e-4 * b.abs().max(1.), "{a} {b}");
+        }
+        _ => assert_eq!(ours, theirs),
+    }
 }

@@ -74,6 +74,18 @@ mod mpi {
 
     const PROCESSES: &str = "stages.tuned.resources={ processes: 2, cpus: 2 }";
 
+    /// Several processes compute on processors, whatever else does not.
+    #[test]
+    fn a_gpu_is_refused_to_several_processes_by_name() {
+        let project = Project::with_recipes();
+        let run = ["run", "recipes/quickstart.yaml", "--set", PROCESSES];
+        let why = "`--device gpu` can't be had for `tuned`: its 2 processes compute on processors";
+        project.refuses(&[&run[..], &["--device", "gpu"]].concat(), why);
+        let beside = ["--set", "stages.tuned.device=gpu"];
+        let why = "several processes compute on processors";
+        project.refuses(&[&run[..], &beside].concat(), why);
+    }
+
     /// The quickstart up to its last training, which saves at each step; `more` is what else is set.
     fn arguments<'a>(more: &[&'a str]) -> Vec<&'a str> {
         let mut all = vec!["recipes/quickstart.yaml", "tuned"];

@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use cubecl::wgpu::wgpu;
 
+use pipeline_kernels::FloatType;
 use pipeline_kernels::attention::{Heads, Scores, Span, Visible};
 use pipeline_kernels::reduce::Order;
 
@@ -118,7 +119,7 @@ fn sizes_that_do_not_fit_are_told() {
             }],
             onto: Onto::Zero,
             bias: None,
-            half: false,
+            rounding: FloatType::F32,
         });
     });
     assert!(

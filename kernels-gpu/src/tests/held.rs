@@ -1,5 +1,6 @@
 //! Parts of a buffer as weights and gradients, and the sums of a weight's rows.
 
+use pipeline_kernels::FloatType;
 use pipeline_kernels::matrix::Values;
 use pipeline_kernels::reduce::Order;
 
@@ -28,7 +29,7 @@ fn weights_in_one_buffer() {
             }],
             onto: Onto::Zero,
             bias: None,
-            half: false,
+            rounding: FloatType::F32,
         });
         device.read(&out).unwrap()
     };
@@ -81,15 +82,17 @@ fn sums_of_rows() {
         let values = numbers(rows * columns, 1);
         let buffer = device.upload(&values).unwrap();
         let weight = Device::weight_in(buffer, rows, columns);
-        let mut exact = vec![[0f64; 2]; columns];
+        let mut exact = vec![[0f64; 3]; columns];
         for (index, value) in values.iter().enumerate() {
-            let rounded = half::bf16::from_f32(*value).to_f64();
-            exact[index % columns][0] += f64::from(*value);
-            exact[index % columns][1] += rounded;
+            let sums = &mut exact[index % columns];
+            sums[0] += f64::from(*value);
+            sums[1] += half::bf16::from_f32(*value).to_f64();
+            sums[2] += half::f16::from_f32(*value).to_f64();
         }
-        for half in [false, true] {
-            let ours = device.read(&device.column_sums(&weight, half)).unwrap();
-            let exact = exact.iter().map(|sums| sums[usize::from(half)] as f32);
+        let all = [FloatType::F32, FloatType::Bf16, FloatType::F16];
+        for (number, rounding) in all.into_iter().enumerate() {
+            let ours = device.read(&device.column_sums(&weight, rounding)).unwrap();
+            let exact = exact.iter().map(|sums| sums[number] as f32);
             near(&ours, &exact.collect::<Vec<_>>(), 5e-6);
         }
     }

@@ -11,7 +11,7 @@ use super::{device, near, numbers, panels};
 use crate::{Onto, Product, Term};
 
 /// A weight in some form.
-enum Stored {
+pub(super) enum Stored {
     F32(Vec<f32>),
     Bf16(Vec<bf16>),
     F16(Vec<f16>),
@@ -19,7 +19,7 @@ enum Stored {
 }
 
 impl Stored {
-    fn all(values: &[f32]) -> Vec<Self> {
+    pub(super) fn all(values: &[f32]) -> Vec<Self> {
         let bytes: Vec<u8> = values.iter().flat_map(|x| x.to_le_bytes()).collect();
         let mut packed = vec![0; values.len().div_ceil(2)];
         let mut absmax = vec![0.; values.len().div_ceil(nf4::BLOCK)];
@@ -37,7 +37,7 @@ impl Stored {
         ]
     }
 
-    fn values(&self) -> Values<'_> {
+    pub(super) fn values(&self) -> Values<'_> {
         match self {
             Self::F32(values) => Values::F32(values),
             Self::Bf16(values) => Values::Bf16(values),
@@ -90,7 +90,7 @@ fn products_of_weights_in_all_forms() {
                     }],
                     onto: Onto::Zero,
                     bias: None,
-                    half: false,
+                    rounding: FloatType::F32,
                 });
                 near(&device.read(&out).unwrap(), &expected, 1e-6);
             }
@@ -197,7 +197,7 @@ fn products_with_all_that_is_added() {
                         _ => Onto::Values(&dres),
                     },
                     bias: Some(&dbias),
-                    half,
+                    rounding: if half { FloatType::Bf16 } else { FloatType::F32 },
                 }]);
                 near(&device.read(&out).unwrap(), &expected, 2e-6);
             }
@@ -234,9 +234,68 @@ fn products_with_all_that_is_added() {
                     }],
                     onto: Onto::Zero,
                     bias: None,
-                    half: false,
+                    rounding: FloatType::F32,
                 });
                 near(&device.read(&out).unwrap(), &expected, 2e-6);
+            }
+        }
+    }
+}
+
+/// Factors in half precision against sums in f64 of values that are rounded on the host; beyond its range they are infinite.
+#[test]
+fn products_of_factors_in_half_precision() {
+    let Some(device) = device() else { return };
+    let (rows, columns, tokens) = (37, 50, 40);
+    let weight = numbers(rows * columns, 1);
+    let round = |x: f32| f64::from(f16::from_f32(x).to_f32());
+    for (scale, beyond) in [(1., false), (1e-6, false), (70_000., true)] {
+        let x: Vec<f32> = panels(columns, tokens, 2).iter().map(|x| x * scale).collect();
+        let dx = device.upload(&x).unwrap();
+        for stored in Stored::all(&weight) {
+            let values = stored.values();
+            let own = device.upload_weight(values, rows, columns).unwrap();
+            let plain = match values {
+                Values::F32(values) => values.to_vec(),
+                Values::Bf16(values) => values.iter().map(|x| x.to_f32()).collect(),
+                Values::F16(values) => values.iter().map(|x| x.to_f32()).collect(),
+                Values::Nf4(nf4) => {
+                    let mut out = vec![0.; rows * columns];
+                    nf4.dequantise(0, &mut out);
+                    out
+                }
+            };
+            let mut out = device.take(size(rows, tokens));
+            device.product(Product {
+                out: &mut out,
+                terms: vec![Term {
+                    weight: own.matrix(),
+                    x: &dx,
+                }],
+                onto: Onto::Zero,
+                bias: None,
+                rounding: FloatType::F16,
+            });
+            let ours = device.read(&out).unwrap();
+            if beyond {
+                assert!(ours.iter().any(|x| !x.is_finite()));
+                continue;
+            }
+            let mut expected = vec![0f32; ours.len()];
+            for token in 0..tokens {
+                for row in 0..rows {
+                    let place = |features: usize, feature: usize| {
+                        (token / 32 * features + feature) * 32 + token % 32
+                    };
+                    let sum = (0..columns).map(|column| {
+                        round(plain[row * columns + column]) * round(x[place(columns, column)])
+                    });
+                    expected[place(rows, row)] = sum.sum::<f64>() as f32;
+                }
+            }
+            let largest = expected.iter().fold(1e-30f32, |a, b| a.max(b.abs()));
+            for (ours, exact) in ours.iter().zip(&expected) {
+                assert!((ours - exact).abs() <= 2e-6 * largest, "{ours} {exact}");
             }
         }
     }

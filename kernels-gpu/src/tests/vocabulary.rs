@@ -1,7 +1,7 @@
 //! Softmax over a vocabulary in parts against the CPU.
 
 use pipeline_kernels::panels::LANES;
-use pipeline_kernels::vocabulary::{Summary, online_softmax, sum_capped};
+use pipeline_kernels::vocabulary::{Summary, online_softmax, soft_cap_slopes, sum_capped};
 
 use super::{device, near, numbers};
 
@@ -27,6 +27,11 @@ fn softmax_in_parts_with_and_without_a_soft_cap() {
                 let own = device.sum_capped(&ours, cap, ids.len());
                 let sums: Vec<f32> = sums.into_iter().flatten().map(|x| x as f32).collect();
                 near(&device.read(&own).unwrap(), &sums, 3e-6);
+                let mut slopes = part.clone();
+                soft_cap_slopes(&mut slopes, cap);
+                let mut own = device.upload(&part).unwrap();
+                device.soft_cap_slopes(&mut own, cap);
+                near(&device.read(&own).unwrap(), &slopes, 1e-6);
             }
             let factors = online_softmax(&mut part, ids.clone(), softcap, &mut expected);
             let own = device.online_softmax(&mut ours, ids, softcap, &mut summaries);

@@ -17,7 +17,6 @@ use crate::cli::leaving::on_interrupt;
 use crate::cli::target::TargetArgs;
 use crate::cli::{Failure, eprint_rendered, error};
 use crate::inference::Voice;
-use crate::ml::execution::Execution;
 use crate::report::style::{BOLD, DIM, paint};
 
 #[derive(clap::Args)]
@@ -53,7 +52,8 @@ struct Signals {
 
 pub(in crate::cli) fn run(args: &Args) -> Result<(), Failure> {
     let target = args.target.open()?;
-    let (tuned, base) = args.answers.load_sides(&target, args.compare)?;
+    let place = args.answers.place()?;
+    let (tuned, base) = args.answers.load_sides(&target, args.compare, &place)?;
     if !tuned.has_template() {
         let message = format!(
             "`{}` has no chat template, so it can't hold a conversation",
@@ -63,8 +63,11 @@ pub(in crate::cli) fn run(args: &Args) -> Result<(), Failure> {
             "give one with `--template FILE`, or go on with texts by `pipeline generate --raw`";
         return Err(Failure::Usage(error::with_hint(&message, hint)));
     }
-    let execution = Execution::fastest(tuned.model());
-    let base_execution = base.as_ref().map(|base| Execution::fastest(base.model()));
+    let execution = args.answers.execution(tuned.model(), &place)?;
+    let base_execution = base.as_ref();
+    let base_execution = base_execution
+        .map(|base| args.answers.execution(base.model(), &place))
+        .transpose()?;
     let options = args.answers.options(tuned.generation())?;
     let mut sides = Vec::new();
     if args.compare {

@@ -175,6 +175,14 @@ pub(super) fn shown(one: &Estimated, machine: Option<u64>) -> String {
     for (name, size) in one.estimate.largest_first() {
         row(&format!("  {name}"), bytes(size));
     }
+    let of_gpu = one.estimate.largest_of_gpu_first();
+    if !of_gpu.is_empty() {
+        let sum = of_gpu.iter().map(|(_, size)| size).sum();
+        row("memory of a GPU, on one", format!("about {}", bytes(sum)));
+    }
+    for (name, size) in of_gpu {
+        row(&format!("  {name}"), bytes(size));
+    }
     if let Some(measured) = one.measured {
         row("measured in the last run", bytes(measured));
     }

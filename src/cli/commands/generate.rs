@@ -18,7 +18,6 @@ use crate::cli::answering::AnswerArgs;
 use crate::cli::target::TargetArgs;
 use crate::cli::{Failure, eprint, error};
 use crate::inference::{FinishReason, Piece, Prompt, Reply, Voice};
-use crate::ml::execution::Execution;
 use crate::report::harmless_json;
 
 /// The longest line of prompts, in bytes.
@@ -102,9 +101,13 @@ struct Asked {
 pub(in crate::cli) fn run(args: &Args) -> Result<(), Failure> {
     let asked = prompts(args)?;
     let target = args.target.open()?;
-    let (tuned, base) = args.answers.load_sides(&target, args.compare)?;
-    let execution = Execution::fastest(tuned.model());
-    let base_execution = base.as_ref().map(|base| Execution::fastest(base.model()));
+    let place = args.answers.place()?;
+    let (tuned, base) = args.answers.load_sides(&target, args.compare, &place)?;
+    let execution = args.answers.execution(tuned.model(), &place)?;
+    let base_execution = base.as_ref();
+    let base_execution = base_execution
+        .map(|base| args.answers.execution(base.model(), &place))
+        .transpose()?;
     let options = args.answers.options(tuned.generation())?;
     let side_by_side = args.batch_size.get().min(asked.len());
     let mut voice = Voice::new(&tuned, &execution, false, side_by_side, options.clone())?;

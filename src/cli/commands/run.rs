@@ -21,7 +21,7 @@ use crate::cli::{
     lock_file, machine,
 };
 use crate::engine::{
-    Bytes, DeviceChoice, Event, Machine, Options, PublishOptions, Published, RunLabel, Summary,
+    Bytes, DeviceChoice, Event, Machine, Node, Options, PublishOptions, Published, RunLabel, Summary,
     publish,
 };
 use crate::recipe::RecipeStage;
@@ -91,6 +91,26 @@ pub(in crate::cli) struct Args {
     no_push: bool,
 }
 
+/// Tells stages where to compute, whatever the recipe says. Those of several processes stay on the processor unless a GPU is asked for by name.
+fn compute_on(device: DeviceChoice, nodes: &mut [Node]) -> Result<(), Failure> {
+    let is_shared = |node: &Node| node.handling.resources.processes() > 1;
+    if let DeviceChoice::Gpu(_) = device
+        && let Some(node) = nodes.iter().find(|node| is_shared(node))
+    {
+        let message = format!(
+            "`--device {device}` can't be had for `{}`: its {} processes compute on processors",
+            node.name,
+            node.handling.resources.processes()
+        );
+        let hint = "with `--device auto` it stays on the processor; without its `processes` one process computes on the GPU";
+        return Err(Failure::Usage(error::with_hint(&message, hint)));
+    }
+    for node in nodes.iter_mut().filter(|node| !is_shared(node)) {
+        node.handling.device = device;
+    }
+    Ok(())
+}
+
 pub(in crate::cli) fn run(args: &Args) -> Result<(), Failure> {
     let mut project = Project::open(&args.recipe, &args.store)?;
     project.connect(&args.remote, args.no_push)?;
@@ -106,9 +126,7 @@ pub(in crate::cli) fn run(args: &Args) -> Result<(), Failure> {
         );
     }
     if let Some(device) = args.device {
-        for node in &mut project.graph.nodes {
-            node.handling.device = device;
-        }
+        compute_on(device, &mut project.graph.nodes)?;
     }
     let cores = std::thread::available_parallelism().map_or(1, NonZeroUsize::get);
     let options = Options {

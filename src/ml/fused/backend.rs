@@ -46,12 +46,17 @@ impl fmt::Display for Unsupported {
 
 impl std::error::Error for Unsupported {}
 
-/// The first feature of a model that the fast path does not support, if there is one.
-fn unsupported_feature(model: &CausalLm) -> Option<String> {
+/// The first feature of a model that the fast path of a device does not support, if there is one.
+pub(in crate::ml) fn unsupported_feature<D: Device>(model: &CausalLm) -> Option<String> {
     if !model.device.is_cpu() {
         return Some("the model is not on the CPU".into());
     }
-    if !matches!(model.compute, DType::F32 | DType::BF16) {
+    let computes = match model.compute {
+        DType::F32 | DType::BF16 => true,
+        DType::F16 => D::HAS_F16,
+        _ => false,
+    };
+    if !computes {
         return Some(format!(
             "products run in {}; the fast path has f32 and bf16",
             model.compute.as_str()
@@ -60,18 +65,7 @@ fn unsupported_feature(model: &CausalLm) -> Option<String> {
     if model.has_pairs_at_ends() {
         return Some("the adapter has matrices beside the embeddings or the head".into());
     }
-    let linears = || model.layers.iter().flat_map(model::Layer::linears);
-    let has_dora = |lora: &model::linear::Lora| lora.magnitude.is_some();
-    if linears().any(|linear| linear.lora.as_ref().is_some_and(has_dora)) {
-        return Some("the adapter is a DoRA".into());
-    }
     None
-}
-
-/// What the fast path lacks for passes of this kind through a model, if there is something.
-pub(in crate::ml) fn unsupported_pass(model: &CausalLm, pass: Pass) -> Option<Unsupported> {
-    let lacks = pass.label_smoothing > 0. && model.arch.logit_softcap.is_some();
-    lacks.then(|| Unsupported("label smoothing of logits with a soft-cap".into()))
 }
 
 impl<'m> Fused<'m> {
@@ -97,7 +91,7 @@ impl<'m, D: Device> Fused<'m, D> {
         model: &'m CausalLm,
         packing: Packing,
     ) -> std::result::Result<Self, Unsupported> {
-        match unsupported_feature(model) {
+        match unsupported_feature::<D>(model) {
             Some(why) => Err(Unsupported(why)),
             None => Ok(Self {
                 model,
@@ -200,9 +194,6 @@ impl<D: Device> Backend for Fused<'_, D> {
         pass: Pass,
         checkpointing: bool,
     ) -> Result<Box<dyn ForwardPass + 'a>> {
-        if let Some(why) = unsupported_pass(self.model, pass) {
-            candle_core::bail!("the fast path can't compute this: {why}")
-        }
         let (forward, _) = Forward::new(self, batches, pass, checkpointing, false)?;
         Ok(Box::new(Run {
             forward,
@@ -241,6 +232,10 @@ impl<D: Device> Backend for Fused<'_, D> {
         longest: usize,
         pass: Pass,
     ) -> Result<Box<dyn Decoder + 'a>> {
+        let own = self.device.decoder(self.model, sequences, longest, pass)?;
+        if let Some(decoder) = own {
+            return Ok(decoder);
+        }
         // There is no kernel that multiplies single vectors in bf16 by a weight that is trained in f32.
         Ok(
             match decode::Decoder::new(self.model, sequences, longest, pass)? {

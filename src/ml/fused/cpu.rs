@@ -5,6 +5,7 @@ use std::ops::Range;
 
 use candle_core::{DType, Result, Tensor};
 use pipeline_kernels::attention::{self, Gradients, Inputs, Spans};
+use pipeline_kernels::dora;
 use pipeline_kernels::dropout::Dropout;
 use pipeline_kernels::elementwise;
 use pipeline_kernels::gated::{self, Activation};
@@ -51,6 +52,7 @@ impl Device for Cpu {
     type Summaries = Vec<Summary>;
 
     const ON_HOST: bool = true;
+    const HAS_F16: bool = false;
 
     fn expect(&self, panels: usize) {
         self.pool.expect(panels);
@@ -280,6 +282,42 @@ impl Device for Cpu {
         elementwise::rope(x, features, rotary, back);
     }
 
+    fn row_factors(
+        &self,
+        base: Matrix<'_>,
+        pair: (Matrix<'_>, Matrix<'_>),
+        scaling: f32,
+        magnitude: &[f32],
+    ) -> [Vec<f32>; 2] {
+        let mut inverse = vec![0f32; base.height()];
+        dora::row_norms(base, pair, scaling, &mut inverse);
+        for norm in &mut inverse {
+            *norm = norm.recip();
+        }
+        let factors = magnitude.iter().zip(&inverse).map(|(m, inverse)| m * inverse);
+        [factors.collect(), inverse]
+    }
+
+    fn scale_features(
+        &self,
+        x: &Vec<f32>,
+        factors: &Vec<f32>,
+        bias: Option<&[f32]>,
+        onto: &Onto<'_, Self>,
+        out: &mut Vec<f32>,
+    ) {
+        let onto = match onto {
+            Onto::Zero => dora::Onto::Zero,
+            Onto::Out => dora::Onto::Out,
+            Onto::Values(values) => dora::Onto::Values(values),
+        };
+        dora::scale_features(x, factors, bias, onto, out);
+    }
+
+    fn feature_dots(&self, a: &Vec<f32>, b: &Vec<f32>, factors: &Vec<f32>, out: &mut Vec<f32>) {
+        dora::feature_dots(a, b, factors, out);
+    }
+
     fn gated_unit(
         &self,
         activation: Activation,
@@ -454,6 +492,10 @@ impl Device for Cpu {
     fn sum_capped(&self, logits: &Vec<f32>, softcap: f32, sums: &mut [[f64; LANES]]) -> Result<()> {
         vocabulary::sum_capped(logits, softcap, sums);
         Ok(())
+    }
+
+    fn soft_cap_slopes(&self, products: &mut Vec<f32>, softcap: f32) {
+        vocabulary::soft_cap_slopes(products, softcap);
     }
 
     fn token_dots(

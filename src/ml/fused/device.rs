@@ -20,6 +20,7 @@ use pipeline_kernels::reduce::Order;
 use pipeline_kernels::vocabulary::Summary;
 
 use super::weights::{BaseWeight, TensorView};
+use crate::ml::backend::Decoder;
 use crate::ml::model::CausalLm;
 use crate::ml::model::linear::{Pass, Weight};
 use crate::ml::resident::{Resident, TrainedTensor};
@@ -35,7 +36,7 @@ pub(in crate::ml) trait Transpose: Clone {
 pub(in crate::ml) struct Factor<'a, D: Device> {
     /// Panels of as many features as the weight is deep.
     pub(in crate::ml) x: &'a D::Buffer,
-    /// The same values rounded to bf16, if products are to be computed with those.
+    /// The same values rounded to the type of products, if they are to be computed with those.
     pub(in crate::ml) rounded: Option<D::Rounded>,
 }
 
@@ -122,7 +123,7 @@ pub(in crate::ml) trait Device: Send + Sync + Sized {
     type Vector<'a>: Clone
     where
         Self: 'a;
-    /// Panels rounded to bf16, as products take them.
+    /// Panels rounded to the type of products, as these take them.
     type Rounded;
     /// The spans of tokens that may attend to each other.
     type Spans;
@@ -169,6 +170,9 @@ pub(in crate::ml) trait Device: Send + Sync + Sized {
     /// Whether a buffer is the host's memory, so that reading it costs nothing.
     const ON_HOST: bool;
 
+    /// Whether products can be computed in f16.
+    const HAS_F16: bool;
+
     /// The values of a buffer in the host's memory, for a device whose memory that is.
     fn host<'b>(&self, buffer: &'b mut Self::Buffer) -> Option<&'b mut Vec<f32>>;
 
@@ -200,13 +204,13 @@ pub(in crate::ml) trait Device: Send + Sync + Sized {
     /// Numbers of tokens.
     fn numbers(&self, numbers: &[u64]) -> Self::Numbers;
 
-    /// Rounds panels of `features` to bf16.
+    /// Rounds panels of `features` to the type of products.
     fn round(&self, x: &Self::Buffer, features: usize) -> Self::Rounded;
 
     /// Returns rounded panels.
     fn give_rounded(&self, rounded: Self::Rounded);
 
-    /// Panels `x` of `features` as a factor of products, which are computed in bf16 if `half`.
+    /// Panels `x` of `features` as a factor of products, which are computed with rounded factors if `half`.
     fn factor<'a>(&self, half: bool, x: &'a Self::Buffer, features: usize) -> Factor<'a, Self> {
         Factor {
             x,
@@ -335,6 +339,36 @@ pub(in crate::ml) trait Device: Send + Sync + Sized {
     /// Applies a rotary embedding to the heads of panels of `features`, in place, or with `back` its transpose.
     fn rope(&self, x: &mut Self::Buffer, features: usize, rotary: Rotary<'_, Self>, back: bool);
 
+    /// What `DoRA` scales the rows of a weight (rows, columns) by, of which the pair A (rank, columns) and B (rows, rank) is a part: for each row
+    /// of `W + scaling B A` the factor from its norm to `magnitude`, and the reciprocal of the norm. Both are not to stay with the device.
+    fn row_factors(
+        &self,
+        base: Self::Matrix<'_>,
+        pair: (Self::Matrix<'_>, Self::Matrix<'_>),
+        scaling: f32,
+        magnitude: Self::Vector<'_>,
+    ) -> [Self::Buffer; 2];
+
+    /// `out = onto + bias + factors * x`, with a factor and a number of the bias for each feature.
+    fn scale_features(
+        &self,
+        x: &Self::Buffer,
+        factors: &Self::Buffer,
+        bias: Option<Self::Vector<'_>>,
+        onto: &Onto<'_, Self>,
+        out: &mut Self::Buffer,
+    );
+
+    /// Adds to `out`, for each feature, the sum over tokens of `a * b`, times its factor. The lanes after the last token are zero in one of the
+    /// two.
+    fn feature_dots(
+        &self,
+        a: &Self::Buffer,
+        b: &Self::Buffer,
+        factors: &Self::Buffer,
+        out: &mut Self::Buffer,
+    );
+
     /// `out = activation(gate) * up`.
     fn gated_unit(
         &self,
@@ -452,6 +486,9 @@ pub(in crate::ml) trait Device: Send + Sync + Sized {
         sums: &mut [[f64; LANES]],
     ) -> Result<()>;
 
+    /// Replaces products of the head by the derivatives of the logits that a soft-cap makes of them.
+    fn soft_cap_slopes(&self, products: &mut Self::Buffer, softcap: f32);
+
     /// The products in f64 of the features of some tokens with `weights` (features).
     ///
     /// # Errors
@@ -476,6 +513,20 @@ pub(in crate::ml) trait Device: Send + Sync + Sized {
         of_features: &[f64],
     ) -> Result<f64>;
 
+    /// See [`crate::ml::backend::Backend::decoder`]. `None` for what the device has no way of its own.
+    ///
+    /// # Errors
+    /// There is no room for what it needs.
+    fn decoder<'a>(
+        &'a self,
+        _model: &'a CausalLm,
+        _sequences: usize,
+        _longest: usize,
+        _: Pass,
+    ) -> Result<Option<Box<dyn Decoder + 'a>>> {
+        Ok(None)
+    }
+
     /// See [`crate::ml::backend::Backend::hold`].
     ///
     /// # Errors
@@ -489,7 +540,7 @@ pub(in crate::ml) trait Device: Send + Sync + Sized {
         None
     }
 
-    /// The sum of the rows of a weight that the device holds, with `half` of its values rounded to bf16.
+    /// The sum of the rows of a weight that the device holds, with `half` of its values rounded to the type of products.
     ///
     /// # Errors
     /// An operation before this failed.

@@ -11,7 +11,7 @@
 //! sum of these rows, which is taken off `W^T softmax(W h)` with the factor `e / V`.
 //!
 //! A factor of the logits becomes one of the hidden states. With a soft-cap a logit is `cap tanh(l / cap)` with `l = (W h)_id`, whose slope
-//! `1 - tanh^2` multiplies each row of `W` in the gradient.
+//! `1 - tanh^2` multiplies each row of `W` in the gradient. Then the mean's gradient is `W^T` times the slopes, of each token its own.
 
 use std::collections::HashMap;
 use std::ops::Range;
@@ -74,7 +74,7 @@ fn gather<D: Device>(forward: &Forward<'_, D>, tokens: &[usize]) -> D::Buffer {
 }
 
 /// `out = weight x`, onto what is there.
-fn product<D: Device>(
+pub(super) fn product<D: Device>(
     device: &D,
     out: &mut D::Buffer,
     weight: D::Matrix<'_>,
@@ -115,7 +115,7 @@ pub(super) fn logits_at_once(vocabulary: usize, tokens: usize) -> usize {
 }
 
 /// The blocks of a vocabulary.
-fn blocks(vocabulary: usize, tokens: usize) -> impl Iterator<Item = Range<usize>> {
+pub(super) fn blocks(vocabulary: usize, tokens: usize) -> impl Iterator<Item = Range<usize>> {
     let ids = block(tokens);
     let starts = (0..vocabulary).step_by(ids);
     starts.map(move |start| start..(start + ids).min(vocabulary))
@@ -140,7 +140,7 @@ pub(super) fn score<D: Device>(
         rows.push((row, target.id));
     }
     let held = TensorView::weight(model.head(), forward.pass)?;
-    let (vocabulary, hidden) = (held.matrix()?.height(), shape.hidden);
+    let (vocabulary, hidden) = (held.shape()?.0, shape.hidden);
     if let Some((_, id)) = rows.iter().find(|(_, id)| *id as usize >= vocabulary) {
         bail!("the id {id} lies outside the vocabulary of {vocabulary}")
     }
@@ -168,6 +168,12 @@ pub(super) fn score<D: Device>(
     let mut by_id = by_id.into_iter().peekable();
     let mut chosen = device.zeros(scored.rows.len());
     let mut logits = device.take(logits_at_once(vocabulary, count));
+    let spreads = gradient && scored.label_smoothing > 0.;
+    let mut spread = softcap.filter(|_| spreads).map(|cap| Spread {
+        cap,
+        slopes: device.take(logits_at_once(vocabulary, count)),
+        rows: device.take(size(hidden, count)),
+    });
     for ids in blocks(vocabulary, count) {
         device.shorten(&mut logits, size(ids.len(), count));
         let weight = device.rows(&held, ids.clone())?;
@@ -180,6 +186,9 @@ pub(super) fn score<D: Device>(
             here.push((index * LANES + row % LANES, target));
         }
         device.pick(&logits, &here, &mut chosen);
+        if let Some(spread) = &mut spread {
+            spread.add(forward, &logits, ids.clone(), weight.clone());
+        }
         let summaries = &mut scored.summaries;
         let factors = device.online_softmax(&mut logits, ids.clone(), softcap, summaries);
         if gradient {
@@ -234,8 +243,11 @@ pub(super) fn score<D: Device>(
         let inverse = summaries.iter().flat_map(|s| s.sum.map(f32::recip));
         let inverse = device.upload(inverse.collect());
         device.multiply(&mut scored.expected_head_row, hidden, &inverse);
-        if smoothing > 0. {
-            let factor = -(smoothing / model.arch.head_rows() as f64);
+        let factor = -(smoothing / model.arch.head_rows() as f64);
+        if let Some(Spread { slopes, rows, .. }) = spread {
+            device.add(&mut scored.expected_head_row, &rows, factor as f32);
+            device.give_all([slopes, rows]);
+        } else if smoothing > 0. {
             let sums = forward.column_sums()?;
             let row: Vec<f32> = sums.iter().map(|sum| (factor * sum) as f32).collect();
             let mut panels = vec![0f32; size(hidden, count)];
@@ -245,6 +257,35 @@ pub(super) fn score<D: Device>(
     }
     drop(summaries);
     Ok(scored)
+}
+
+/// What label smoothing adds to the gradient of logits with a soft-cap: `W^T` times their slopes.
+struct Spread<D: Device> {
+    cap: f32,
+    /// The slopes of a block's logits, in panels.
+    slopes: D::Buffer,
+    /// The sum over the blocks so far of the head's rows times slopes, for each token in panels.
+    rows: D::Buffer,
+}
+
+impl<D: Device> Spread<D> {
+    /// Adds a block, whose products with the head are `products` and whose rows of the head are `weight`.
+    fn add(
+        &mut self,
+        forward: &Forward<'_, D>,
+        products: &D::Buffer,
+        ids: Range<usize>,
+        weight: D::Matrix<'_>,
+    ) {
+        let device = forward.device;
+        device.shorten(&mut self.slopes, device.length(products));
+        device.copy(products, &mut self.slopes);
+        device.soft_cap_slopes(&mut self.slopes, self.cap);
+        let factor = device.factor(forward.shape.half, &self.slopes, ids.len());
+        let onto = if ids.start == 0 { Onto::Zero } else { Onto::Out };
+        product(device, &mut self.rows, weight.transposed(), &factor, onto);
+        device.give_factors([factor]);
+    }
 }
 
 /// The soft-cap of the logits, if there is one.
@@ -260,7 +301,7 @@ pub(super) fn capped_sums<D: Device>(
 ) -> Result<Vec<f64>> {
     let (device, hidden, count) = (forward.device, forward.shape.hidden, tokens.len());
     let held = TensorView::weight(forward.model.head(), forward.pass)?;
-    let vocabulary = held.matrix()?.height();
+    let vocabulary = held.shape()?.0;
     let x = gather(forward, tokens);
     let factor = device.factor(forward.shape.half, &x, hidden);
     let mut logits = device.take(logits_at_once(vocabulary, count));
@@ -383,7 +424,7 @@ impl<D: Device> Scored<D> {
         // Where some rows alone are trained, the others' gradients are not needed.
         let weight = head.trained_rows(head.stored(forward.pass))?;
         let held = TensorView::tensor(&weight);
-        let (vocabulary, count) = (held.matrix()?.height(), self.tokens.len());
+        let (vocabulary, count) = (held.shape()?.0, self.tokens.len());
         trainable.add(head, |device, total| {
             let x = gather(forward, &self.tokens);
             let factor = device.factor(shape.half, &x, hidden);
@@ -411,9 +452,22 @@ impl<D: Device> Scored<D> {
                 product(device, &mut logits, weight, &factor, Onto::Zero);
                 let mut known = device.same_summaries(&self.summaries);
                 let softcap = softcap(forward);
+                let spreads = self.label_smoothing > 0.;
+                let slopes = softcap.filter(|_| spreads).map(|cap| {
+                    let mut slopes = device.take(device.length(&logits));
+                    device.copy(&logits, &mut slopes);
+                    device.soft_cap_slopes(&mut slopes, cap);
+                    slopes
+                });
                 device.online_softmax(&mut logits, ids.clone(), softcap, &mut known);
                 device.multiply(&mut logits, ids.len(), &inverse);
-                if self.label_smoothing > 0. {
+                if let Some(mut slopes) = slopes {
+                    let mut of_each = of_each.clone();
+                    of_each.resize(size(1, count), 0.);
+                    device.multiply(&mut slopes, ids.len(), &device.upload(of_each));
+                    device.add(&mut logits, &slopes, 1.);
+                    device.give(slopes);
+                } else if spreads {
                     let known = spread.take().filter(|(height, _)| *height == ids.len());
                     let known = known.unwrap_or_else(|| {
                         let values = token_values(ids.len(), &of_each);

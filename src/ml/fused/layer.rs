@@ -128,7 +128,7 @@ fn rotate<D: Device>(
         shape.rope(device, rope, &mut raw, false);
         return Ok((raw, None));
     };
-    let width = norm.weight()?.len();
+    let width = norm.width();
     let mut rotated = device.take(device.length(&raw));
     let mut inverse = shape.take(device, shape.features(device, &raw) / width.max(1));
     let weight = device.vector(&norm.weight)?;
@@ -169,6 +169,30 @@ pub(super) fn forward<D: Device>(
     x: D::Buffer,
     whole: bool,
 ) -> Result<(Saved<D>, D::Buffer)> {
+    let PassContext { shape, device, .. } = context;
+    let spans = shape.spans(layer.window)?;
+    let attend = |[q, k, v]: [&D::Buffer; 3], out: &mut D::Buffer, log_sums: &mut D::Buffer| {
+        let inputs = Attention {
+            q,
+            k,
+            v,
+            heads: shape.heads,
+            scores: layer.scores,
+            spans,
+        };
+        device.attention(inputs, out, log_sums);
+    };
+    forward_with(layer, context, x, whole, attend)
+}
+
+/// The same with another attention: of queries, keys and values it computes the result and, for a backward pass, the logarithms of its sums.
+pub(super) fn forward_with<D: Device>(
+    layer: &Layer<'_>,
+    context: PassContext<'_, D>,
+    x: D::Buffer,
+    whole: bool,
+    attend: impl FnOnce([&D::Buffer; 3], &mut D::Buffer, &mut D::Buffer),
+) -> Result<(Saved<D>, D::Buffer)> {
     let PassContext {
         shape,
         layout,
@@ -188,15 +212,7 @@ pub(super) fn forward<D: Device>(
     let (k, raw_k) = rotate(k, norms.k.as_ref(), layer.rope, context)?;
     let mut attended = shape.take_clean(device, shape.q_width());
     let mut log_sums = shape.take_clean(device, shape.heads.queries);
-    let inputs = Attention {
-        q: &q,
-        k: &k,
-        v: &v,
-        heads: shape.heads,
-        scores: layer.scores,
-        spans: shape.spans(layer.window)?,
-    };
-    device.attention(inputs, &mut attended, &mut log_sums);
+    attend([&q, &k, &v], &mut attended, &mut log_sums);
     let q = SavedHeads::keep(raw_q, q, device);
     let k = SavedHeads::keep(raw_k, k, device);
     let end = BlockEnd {

@@ -34,6 +34,8 @@ pub struct PassSizes {
     norms_before: bool,
     /// Whether projections are fused.
     fused: bool,
+    /// Whether the adapter is a `DoRA`.
+    dora: bool,
 }
 
 /// The bytes of a pass.
@@ -87,6 +89,7 @@ impl PassSizes {
             },
             norms_before: arch.norm_places != NormPlaces::After,
             fused: arch.fused_projections,
+            dora: false,
         }
     }
 
@@ -100,7 +103,12 @@ impl PassSizes {
             ranks.sum::<usize>()
         };
         let ranks = layers.iter().map(ranks).collect();
-        Self::new(&model.arch, model.compute, ranks, false)
+        let linears = model.layers.iter().flat_map(model::Layer::linears);
+        let mut pairs = linears.filter_map(|linear| linear.lora.as_ref());
+        Self {
+            dora: pairs.any(|pair| pair.magnitude.is_some()),
+            ..Self::new(&model.arch, model.compute, ranks, false)
+        }
     }
 
     /// Those of a model that is not loaded, with its adapter if it has one. None where the fast path lacks something.
@@ -111,11 +119,11 @@ impl PassSizes {
         compute: DType,
         dropout: bool,
     ) -> Option<Self> {
-        let is_lora_only = adapter.is_none_or(|adapter| {
+        let has_pairs_at_ends = adapter.is_some_and(|adapter| {
             let ends = crate::ml::model::tensors::ENDS;
-            !adapter.config.use_dora && !ends.iter().any(|path| adapter.tensors.contains_key(*path))
+            ends.iter().any(|path| adapter.tensors.contains_key(*path))
         });
-        if !matches!(compute, DType::F32 | DType::BF16) || !is_lora_only {
+        if !matches!(compute, DType::F32 | DType::BF16) || has_pairs_at_ends {
             return None;
         }
         let rank = |layer: usize| {
@@ -142,7 +150,10 @@ impl PassSizes {
         };
         let drops = dropout && adapter.is_some_and(|adapter| adapter.config.lora_dropout > 0.);
         let ranks = (lowest..count).map(rank).collect();
-        Some(Self::new(arch, compute, ranks, drops))
+        Some(Self {
+            dora: adapter.is_some_and(|adapter| adapter.config.use_dora),
+            ..Self::new(arch, compute, ranks, drops)
+        })
     }
 
     /// Whether each copy of a prompt drops values of its own, so that none are shared.
@@ -204,6 +215,10 @@ impl PassSizes {
             working -= h;
         }
         working += self.joined();
+        if self.dora {
+            // The gradients of gate and up as it scales them, and what it scales of one of them.
+            working += 3 * i;
+        }
         if self.half {
             // As factors: gate and up, an input, queries, keys and values.
             working += (2 * i + h + q + 2 * k) / 2;
@@ -219,7 +234,8 @@ impl PassSizes {
     pub fn scoring(&self, pass: PassLength) -> PassMemory {
         let rank = self.ranks.iter().max().copied().unwrap_or(0);
         let half = if self.half { self.inner / 2 } else { 0 };
-        let working = self.saved(rank) + 2 * self.hidden + self.inner + half + self.joined();
+        let scaled = if self.dora { self.inner } else { 0 };
+        let working = self.saved(rank) + 2 * self.hidden + self.inner + half + scaled + self.joined();
         PassMemory {
             kept: 0,
             working: working * size(1, pass.tokens) * size_of::<f32>(),
@@ -249,6 +265,7 @@ impl PassSizes {
 
 #[cfg(test)]
 mod tests {
+    use super::super::tests::dora;
     use super::super::{Fused, Packing};
     use super::*;
     use crate::ml::backend::Backend as _;
@@ -267,15 +284,22 @@ mod tests {
         let targets = loss.targets(&batch);
         let (folder, adapter) = (golden::folder("model"), golden::folder("adapter_init"));
         let arch = Arch::read(&folder).unwrap();
-        let adapter = Adapter::load(&adapter).unwrap();
+        let plain = Adapter::load(&adapter).unwrap();
+        let scaled = dora::adapter(0.);
         let cases = [DType::F32, DType::BF16].into_iter().flat_map(|compute| {
             [false, true].into_iter().flat_map(move |checkpointing| {
-                [false, true].map(|beside_base| (compute, checkpointing, beside_base))
+                let both = [(false, false), (true, false), (false, true)];
+                both.map(|(beside_base, dora)| (compute, checkpointing, beside_base, dora))
             })
         });
-        for (compute, checkpointing, beside_base) in cases {
+        for (compute, checkpointing, beside_base, dora) in cases {
             let trained = Trained::Adapter;
-            let model = golden::model("model", Some("adapter_init"), trained, compute);
+            let (model, adapter) = if dora {
+                (dora::model("model", 0., trained, compute), &scaled)
+            } else {
+                let model = golden::model("model", Some("adapter_init"), trained, compute);
+                (model, &plain)
+            };
             let fused = Fused::new(&model, Packing::default()).unwrap();
             let pass = Pass::train(None);
             let mut forward = if beside_base {
@@ -290,7 +314,7 @@ mod tests {
             let mut gradients = Gradients::none(&model);
             let grad_logps = vec![0.1; targets.len()];
             forward.backward(&grad_logps, &mut gradients).unwrap();
-            let sizes = PassSizes::of_files(&arch, Some(&adapter), trained, compute, false);
+            let sizes = PassSizes::of_files(&arch, Some(adapter), trained, compute, false);
             let sizes = sizes.unwrap();
             assert_eq!(sizes, PassSizes::of_model(&model));
             let length = PassLength {
@@ -303,7 +327,7 @@ mod tests {
             let ratio = (estimate - at_targets) as f64 / fused.device.pool.bytes() as f64;
             assert!(
                 (0.9..1.1).contains(&ratio),
-                "{compute:?}, checkpointing {checkpointing}, beside {beside_base}: {ratio}"
+                "{compute:?}, checkpointing {checkpointing}, beside {beside_base}, DoRA {dora}: {ratio}"
             );
         }
     }

@@ -11,6 +11,8 @@
 
 mod backend;
 mod block;
+#[cfg(feature = "gpu")]
+pub(super) mod cached;
 mod cpu;
 mod decode;
 pub(super) mod device;
@@ -35,7 +37,9 @@ use super::model::batch::{Batch, Target};
 use super::model::head::Positions;
 use super::model::linear::{BATCH_STRIDE, Pass};
 use super::model::{self, CausalLm, Gradients, have_same_angles};
-pub(super) use backend::{Fused, unsupported_pass};
+pub(super) use backend::Fused;
+#[cfg(feature = "gpu")]
+pub(super) use backend::unsupported_feature;
 pub use backend::{Unsupported, pass_size_of};
 pub(super) use cpu::Cpu;
 use device::Device;

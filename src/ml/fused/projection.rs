@@ -4,6 +4,10 @@
 //! its weight. It is one projection here too, with one pair; its result is split into parts of their own, and the gradients of the parts
 //! are joined.
 
+mod dora;
+
+use std::cell::OnceCell;
+
 use candle_core::Result;
 use pipeline_kernels::panels::size;
 use pipeline_kernels::reduce::Order;
@@ -13,6 +17,7 @@ use super::shape::Shape;
 use super::trainable::Trainable;
 use super::weights::Projection;
 use crate::ml::model::linear::{Base, Linear};
+use dora::{RowFactors, dora};
 
 /// Several projections of the same input.
 pub(super) struct ProjectionGroup<'a, D: Device> {
@@ -20,6 +25,7 @@ pub(super) struct ProjectionGroup<'a, D: Device> {
     /// The number of features of the input.
     features: usize,
     shape: &'a Shape<D>,
+    row_factors: OnceCell<RowFactors<D>>,
 }
 
 /// A product of one term.
@@ -74,6 +80,7 @@ impl<'a, D: Device> ProjectionGroup<'a, D> {
             all: all.into_iter().collect(),
             features,
             shape,
+            row_factors: OnceCell::new(),
         }
     }
 
@@ -219,8 +226,13 @@ impl<'a, D: Device> ProjectionGroup<'a, D> {
         let factor = device.factor(self.shape.half, x, self.features);
         let lora_down = self.lora_down_of(x, &factor, device)?;
         let factors = self.factors(&lora_down, device);
-        let mut all = Vec::new();
-        for ((projection, out), low) in self.all.iter().zip(outs).zip(&factors) {
+        let (mut all, mut scaled) = (Vec::new(), Vec::new());
+        let each = self.all.iter().zip(outs).zip(&factors).enumerate();
+        for (number, ((projection, out), low)) in each {
+            if dora(projection).is_some() {
+                scaled.push((number, out, low));
+                continue;
+            }
             let mut terms = vec![Term {
                 weight: device.matrix(&projection.base)?,
                 x: &factor,
@@ -240,6 +252,9 @@ impl<'a, D: Device> ProjectionGroup<'a, D> {
             });
         }
         device.products(all);
+        for (number, out, low) in scaled {
+            self.forward_dora(number, (x, &factor), low, (onto, out), device)?;
+        }
         device.give_factors(factors);
         device.give_factors([factor]);
         Ok(lora_down)
@@ -264,9 +279,12 @@ impl<'a, D: Device> ProjectionGroup<'a, D> {
         grad_outs: &[&D::Buffer],
         device: &D,
     ) -> Result<Vec<D::Buffer>> {
-        let factors = self.grad_factors(grad_outs, device)?;
+        let scaled = self.scaled_grads(grad_outs, device)?;
+        let inner = scaled_or(&scaled, grad_outs);
+        let factors = self.grad_factors(&inner, device)?;
         let grad_lora_down = self.grad_lora_down_of(&factors, device)?;
         device.give_factors(factors);
+        device.give_all(scaled.into_iter().flatten());
         Ok(grad_lora_down)
     }
 
@@ -290,14 +308,24 @@ impl<'a, D: Device> ProjectionGroup<'a, D> {
         grad_x: &mut D::Buffer,
         device: &D,
     ) -> Result<Vec<D::Buffer>> {
-        let factors = self.grad_factors(grad_outs, device)?;
+        let scaled = self.scaled_grads(grad_outs, device)?;
+        let inner = scaled_or(&scaled, grad_outs);
+        let factors = self.grad_factors(&inner, device)?;
         let grad_lora_down = self.grad_lora_down_of(&factors, device)?;
         let lora_down = self.factors(&grad_lora_down, device);
+        // With dropout, all of the gradient goes through the weight as it is, and the rest through the dropout.
+        let whole = if self.has_dora() && self.all.iter().any(|own| own.dropout.is_some()) {
+            self.grad_factors(grad_outs, device)?
+        } else {
+            Vec::new()
+        };
         let mut terms = Vec::new();
-        for ((projection, factor), lora_down) in self.all.iter().zip(&factors).zip(&lora_down) {
+        let each = self.all.iter().zip(&factors).zip(&lora_down).enumerate();
+        for (number, ((projection, factor), lora_down)) in each {
+            let undropped = whole.get(number).filter(|_| projection.dropout.is_some());
             terms.push(Term {
                 weight: device.matrix(&projection.base)?.transposed(),
-                x: factor,
+                x: undropped.unwrap_or(factor),
             });
             if let (Some(pair), None) = (&projection.lora, projection.dropout) {
                 terms.push(Term {
@@ -312,18 +340,17 @@ impl<'a, D: Device> ProjectionGroup<'a, D> {
             onto: Onto::Zero,
             bias: None,
         }]);
-        for (projection, lora_down) in self.all.iter().zip(&lora_down) {
-            if let (Some(pair), Some(dropout)) = (&projection.lora, projection.dropout) {
-                let mut own = device.take(device.length(grad_x));
-                let weight = device.matrix(&pair.a)?.transposed();
-                device.products(vec![alone(&mut own, weight, lora_down)]);
-                device.dropout(dropout, &mut own, self.features, &self.shape.padded_index);
-                device.add(grad_x, &own, 1.);
-                device.give(own);
+        for (number, (projection, low)) in self.all.iter().zip(&lora_down).enumerate() {
+            let scaled = scaled.get(number).and_then(Option::as_ref);
+            if let Some(grad_out) = grad_outs.get(number) {
+                let grads = (*grad_out, scaled);
+                self.back_through_dropout(projection, grads, low, grad_x, device)?;
             }
         }
+        device.give_factors(whole);
         device.give_factors(lora_down);
         device.give_factors(factors);
+        device.give_all(scaled.into_iter().flatten());
         Ok(grad_lora_down)
     }
 
@@ -339,9 +366,12 @@ impl<'a, D: Device> ProjectionGroup<'a, D> {
         trainable: &mut Trainable<'_, D>,
     ) -> Result<()> {
         let device = trainable.device;
+        let scaled = self.scaled_grads(grad_outs, device)?;
+        let inner = scaled_or(&scaled, grad_outs);
         for (number, (projection, linear)) in self.all.iter().zip(linears).enumerate() {
-            let (Some(grad_out), Some(lora_down), Some(grad_low)) = (
+            let (Some(grad_out), Some(grad_inner), Some(lora_down), Some(grad_low)) = (
                 grad_outs.get(number),
+                inner.get(number),
                 lora_down.get(number),
                 grad_lora_down.get(number),
             ) else {
@@ -370,14 +400,27 @@ impl<'a, D: Device> ProjectionGroup<'a, D> {
                     device.outer(input, low, sum, 0, Order::Transposed);
                     Ok(())
                 })?;
+                if let Some(magnitude) = &lora.magnitude {
+                    trainable.add(magnitude, |device, sum| {
+                        self.grad_magnitude(number, input, lora_down, grad_out, sum, device)
+                    })?;
+                }
                 device.give_all(dropped);
                 trainable.add(&lora.b, |device, sum| {
-                    let (grad, low) = ((*grad_out, height), (lora_down, pair.rank));
+                    let (grad, low) = ((*grad_inner, height), (lora_down, pair.rank));
                     device.outer(grad, low, sum, 0, Order::Straight);
                     Ok(())
                 })?;
             }
         }
+        device.give_all(scaled.into_iter().flatten());
         Ok(())
     }
+}
+
+/// The gradients as `DoRA` scales them, where it does.
+fn scaled_or<'s, B>(scaled: &'s [Option<B>], plain: &[&'s B]) -> Vec<&'s B> {
+    let each = scaled.iter().zip(plain);
+    each.map(|(scaled, plain)| scaled.as_ref().unwrap_or(plain))
+        .collect()
 }

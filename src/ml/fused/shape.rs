@@ -38,7 +38,7 @@ pub(super) struct Shape<D: Device> {
     pub(super) padded_index: D::Numbers,
     /// The spans for each size of a sliding window, and those without one.
     spans: Vec<(Option<usize>, D::Spans)>,
-    /// Whether products with the base's weights are computed in bf16.
+    /// Whether products are computed with factors that are rounded to bf16 or f16.
     pub(super) half: bool,
     /// The number of tokens, from the first on, to which the adapter applies; the others see the base alone.
     pub(super) lora_tokens: usize,
@@ -46,7 +46,7 @@ pub(super) struct Shape<D: Device> {
 
 impl<D: Device> Shape<D> {
     pub(super) fn new(model: &CausalLm, layout: &Layout, device: &D) -> Result<Self> {
-        let half = model.compute == DType::BF16;
+        let half = model.compute != DType::F32;
         Self::from_arch(&model.arch, layout, device, half)
     }
 
@@ -54,7 +54,7 @@ impl<D: Device> Shape<D> {
         arch: &Arch,
         layout: &Layout,
         device: &D,
-        in_bf16: bool,
+        rounds: bool,
     ) -> Result<Self> {
         let tokens = layout.ids.len();
         let ropes = 0..arch.ropes.len();
@@ -82,7 +82,7 @@ impl<D: Device> Shape<D> {
             pairs: arch.rotary_dim / 2,
             padded_index: device.numbers(&layout.padded_index),
             spans: spans.collect(),
-            half: in_bf16,
+            half: rounds,
             lora_tokens: tokens,
         })
     }

@@ -3,6 +3,7 @@
 mod beside_base;
 mod bits;
 mod decode;
+pub(super) mod dora;
 mod families;
 #[cfg(feature = "gpu")]
 mod gpu;

@@ -35,8 +35,15 @@ impl<'a> TensorView<'a> {
 
     pub(in crate::ml) fn weight(weight: &'a Weight, pass: Pass) -> Result<Self> {
         let borrowed = Self::tensor(weight.stored(pass));
-        borrowed.values()?;
+        if borrowed.layout.contiguous_offsets().is_none() {
+            bail!("a weight is not contiguous")
+        }
         Ok(borrowed)
+    }
+
+    /// The shape (rows, columns) of a matrix, which is known also where its values are on a device alone.
+    pub(in crate::ml) fn shape(&self) -> Result<(usize, usize)> {
+        self.layout.shape().dims2()
     }
 
     pub(in crate::ml) fn values(&self) -> Result<Values<'_>> {
@@ -51,7 +58,7 @@ impl<'a> TensorView<'a> {
         };
         match values {
             Some(values) => Ok(values),
-            None => bail!("a weight is neither f32, bf16 nor f16 on the cpu"),
+            None => bail!("a weight is neither f32, bf16 nor f16 in the host's memory"),
         }
     }
 
@@ -114,6 +121,15 @@ impl<'a> BaseWeight<'a> {
         })
     }
 
+    /// The shape (out, in), which is known also where the values are on a device alone.
+    pub(in crate::ml) fn shape(&self) -> Result<(usize, usize)> {
+        match self {
+            Self::Dense(borrowed) => borrowed.shape(),
+            Self::Bare(matrix) => Ok((matrix.height(), matrix.depth())),
+            Self::Nf4(weight) => Ok(weight.shape),
+        }
+    }
+
     /// The weight (out, in).
     pub(in crate::ml) fn matrix(&self) -> Result<Matrix<'_>> {
         match self {
@@ -139,6 +155,8 @@ pub(super) struct Pair<'a> {
     pub(super) b: BaseWeight<'a>,
     pub(super) rank: usize,
     pub(super) scaling: f32,
+    /// With `DoRA`, the trained norms (out) of the rows of W + scaling B A.
+    pub(super) magnitude: Option<TensorView<'a>>,
 }
 
 impl<'a> Pair<'a> {
@@ -149,6 +167,7 @@ impl<'a> Pair<'a> {
             a: BaseWeight::Dense(TensorView::tensor(a)),
             b: BaseWeight::Dense(TensorView::tensor(b)),
             scaling,
+            magnitude: None,
         })
     }
 }
@@ -173,7 +192,12 @@ impl<'a> Projection<'a> {
         let lora = match &linear.lora {
             Some(lora) if pass.adapter => {
                 let (a, b) = (lora.a.stored(pass), lora.b.stored(pass));
-                Some(Pair::new(a, b, lora.scaling as f32)?)
+                let magnitude = lora.magnitude.as_ref();
+                let magnitude = magnitude.map(|own| TensorView::weight(own, pass));
+                Some(Pair {
+                    magnitude: magnitude.transpose()?,
+                    ..Pair::new(a, b, lora.scaling as f32)?
+                })
             }
             _ => None,
         };
@@ -192,7 +216,7 @@ impl<'a> Projection<'a> {
 
     /// The number of features of its result.
     pub(super) fn height(&self) -> Result<usize> {
-        Ok(self.base.matrix()?.height())
+        Ok(self.base.shape()?.0)
     }
 
     /// The rank of the adapter's pair; 0 without one.
@@ -255,8 +279,9 @@ impl<'a> NormView<'a> {
         })
     }
 
-    pub(super) fn weight(&self) -> Result<&[f32]> {
-        self.weight.floats()
+    /// The number of features that are normed together.
+    pub(super) fn width(&self) -> usize {
+        self.weight.layout.shape().elem_count()
     }
 }
 

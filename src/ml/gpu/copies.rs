@@ -7,6 +7,8 @@ use candle_core::{Error, Result, TensorId};
 use pipeline_kernels::matrix::Values;
 use pipeline_kernels_gpu as gpu;
 
+use crate::ml::quant::nf4::Nf4;
+
 #[expect(
     clippy::needless_pass_by_value,
     reason = "the signature that `map_err` takes"
@@ -35,11 +37,20 @@ pub(super) enum Key {
     Nf4(usize),
 }
 
+impl Key {
+    /// That of a weight in 4 bits.
+    pub(super) fn of(weight: &Nf4) -> Self {
+        Self::Nf4(std::ptr::from_ref(weight).addr())
+    }
+}
+
 /// A copy, whether its values are still the host's, and the last pass that used it.
 struct Copied<T> {
     copy: Arc<T>,
     fresh: bool,
     used: u64,
+    /// Whether it is the only one, because the host has given up the values.
+    only: bool,
 }
 
 /// A trained tensor whose values are the device's own.
@@ -53,7 +64,7 @@ pub(super) struct HeldTensor {
 
 /// Copies of weights and of vectors.
 #[derive(Default)]
-pub(super) struct Copies {
+pub(in crate::ml) struct Copies {
     weights: HashMap<Key, Copied<gpu::Weight>>,
     vectors: HashMap<TensorId, Copied<gpu::Buffer>>,
     held: HashMap<TensorId, HeldTensor>,
@@ -65,7 +76,8 @@ impl Copies {
     pub(super) fn begin(&mut self, changed: impl Iterator<Item = TensorId>) {
         self.pass += 1;
         let first = self.pass.saturating_sub(PASSES);
-        self.weights.retain(|_, entry| entry.used >= first);
+        self.weights
+            .retain(|_, entry| entry.only || entry.used >= first);
         self.vectors.retain(|_, entry| entry.used >= first);
         for id in changed {
             if let Some(entry) = self.weights.get_mut(&Key::Tensor(id)) {
@@ -94,12 +106,19 @@ impl Copies {
         self.held.get(&id)
     }
 
-    /// The copy of a weight (rows, columns), which is made or brought up to date.
-    pub(super) fn weight(
+    /// Keeps the copy of a weight whatever passes use: the host gives its values up.
+    pub(super) fn keep(&mut self, key: Key) {
+        if let Some(entry) = self.weights.get_mut(&key) {
+            entry.only = true;
+        }
+    }
+
+    /// The copy of a weight (rows, columns), which is made or brought up to date; `values` are its values in the host's memory.
+    pub(super) fn weight<'v>(
         &mut self,
         device: &gpu::Device,
         key: Key,
-        values: Values<'_>,
+        values: impl FnOnce() -> Result<Values<'v>>,
         (rows, columns): (usize, usize),
     ) -> Result<Arc<gpu::Weight>> {
         if let Key::Tensor(id) = key
@@ -113,15 +132,17 @@ impl Copies {
         let used = self.pass;
         if let Some(entry) = self.weights.get_mut(&key) {
             entry.used = used;
-            if !entry.fresh
-                && let (Some(copy), Values::F32(values)) = (Arc::get_mut(&mut entry.copy), values)
-            {
-                device.write_weight(copy, values);
-                entry.fresh = true;
-            }
             if entry.fresh {
                 return Ok(Arc::clone(&entry.copy));
             }
+        }
+        let values = values()?;
+        if let Some(entry) = self.weights.get_mut(&key)
+            && let (Some(copy), Values::F32(values)) = (Arc::get_mut(&mut entry.copy), values)
+        {
+            device.write_weight(copy, values);
+            entry.fresh = true;
+            return Ok(Arc::clone(&entry.copy));
         }
         let made = device.upload_weight(values, rows, columns);
         let copy = Arc::new(made.map_err(failed)?);
@@ -129,17 +150,18 @@ impl Copies {
             copy: Arc::clone(&copy),
             fresh: true,
             used,
+            only: false,
         };
         self.weights.insert(key, entry);
         Ok(copy)
     }
 
     /// The copy of a norm's weight or a bias, which is made or brought up to date.
-    pub(super) fn vector(
+    pub(super) fn vector<'v>(
         &mut self,
         device: &gpu::Device,
         id: TensorId,
-        values: &[f32],
+        values: impl FnOnce() -> Result<&'v [f32]>,
     ) -> Result<Arc<gpu::Buffer>> {
         if let Some(held) = self.held.get(&id) {
             return Ok(Arc::clone(&held.values));
@@ -151,11 +173,12 @@ impl Copies {
             entry.used = used;
             return Ok(Arc::clone(&entry.copy));
         }
-        let copy = Arc::new(device.upload(values).map_err(failed)?);
+        let copy = Arc::new(device.upload(values()?).map_err(failed)?);
         let entry = Copied {
             copy: Arc::clone(&copy),
             fresh: true,
             used,
+            only: false,
         };
         self.vectors.insert(id, entry);
         Ok(copy)

@@ -128,6 +128,21 @@ impl Layer {
         qkv
     }
 
+    /// Its projections, to be changed.
+    #[cfg(feature = "gpu")]
+    pub(in crate::ml) fn linears_mut(&mut self) -> impl Iterator<Item = &mut Linear> {
+        let qkv = match &mut self.qkv {
+            Qkv::Separate { q, k, v } => vec![q, k, v],
+            Qkv::Fused(qkv) => vec![qkv],
+        };
+        let gate_up = match &mut self.gate_up {
+            GateUp::Separate { gate, up } => vec![gate, up],
+            GateUp::Fused(gate_up) => vec![gate_up],
+        };
+        let all = qkv.into_iter().chain(gate_up);
+        all.chain([&mut self.o, &mut self.down])
+    }
+
     /// Whether a tensor of its attention is trained, the norms before and after it included.
     pub(in crate::ml) fn trains_attention(&self) -> bool {
         let own = [&self.input_norm, &self.post_attention_norm];

@@ -492,6 +492,8 @@ impl CausalLm {
             head_lora,
             compute,
             frozen_column_sum: OnceLock::new(),
+            #[cfg(feature = "gpu")]
+            on_device: None,
         })
     }
 }

@@ -369,7 +369,7 @@ fn run_h_on_every_weight_is_that_of_trl() {
 #[test]
 fn f16_with_a_loss_scale_learns_the_same() {
     let model = model("model", Some("adapter_init"), Trained::Adapter, DType::F16);
-    let execution = Execution::fastest(&model);
+    let execution = Execution::new(&model, fastest());
     let settings = Settings {
         loss_scaling: true,
         ..settings()
@@ -532,7 +532,7 @@ fn an_overflow_in_f16_skips_the_step_and_halves_the_scale() {
     let ending = train(
         &Job {
             loss: &Orpo { beta: 1e6 },
-            ..job(&Execution::fastest(&model), &rows)
+            ..job(&Execution::new(&model, fastest()), &rows)
         },
         &settings,
         &mut |step| {

@@ -15,7 +15,6 @@ use crate::ml::loss::Loss;
 use crate::ml::loss::orpo::Orpo;
 use crate::ml::loss::sft::Sft;
 use crate::ml::model::arch::Arch;
-use crate::ml::model::linear::Pass;
 use crate::ml::model::{CausalLm, Parameter, Trained};
 use crate::ml::place::{Place, Wanted, Work};
 use crate::ml::train::estimate::{Planned, Unloaded};
@@ -63,7 +62,7 @@ fn work_of_steps(trained: Trained, loss: &dyn Loss) -> (Vec<Work>, u64) {
     // Memory is reserved for all that an opened GPU does, so that other tests would be counted too.
     let place = Place::open(Wanted::Gpu(0)).unwrap();
     let model = fresh(trained);
-    let execution = Execution::placed(&model, Packing::default(), &place, Pass::INFER).unwrap();
+    let execution = Execution::placed(&model, Packing::default(), &place).unwrap();
     let row = rows("trl-1.16").swap_remove(2);
     let all = vec![row; 8];
     let settings = Settings {
@@ -133,7 +132,7 @@ fn a_gpu_holds_what_is_estimated() {
             ..settings()
         };
         let model = fresh(trained);
-        let execution = Execution::placed(&model, Packing::default(), &place, Pass::INFER).unwrap();
+        let execution = Execution::placed(&model, Packing::default(), &place).unwrap();
         train_until(&execution, ORPO, &settings, None, None).unwrap();
         let held = place.work().unwrap().peak_bytes;
         let planned = Planned {
@@ -274,7 +273,7 @@ fn memory_that_runs_out_leaves_a_whole_checkpoint() {
     };
     let run = |place: &Place, scratch: &Path| {
         let model = fresh(Trained::Adapter);
-        let execution = Execution::placed(&model, Packing::default(), place, Pass::INFER).unwrap();
+        let execution = Execution::placed(&model, Packing::default(), place).unwrap();
         let losses = train_until(&execution, ORPO, &settings, Some(scratch), None)?;
         anyhow::Ok((losses, bits(&model)))
     };

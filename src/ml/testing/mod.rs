@@ -1,6 +1,7 @@
 //! What the tests of `ml` have in common, and those that compare it with the numbers of the reference.
 
 pub(crate) mod counting;
+mod eight_billion;
 pub(crate) mod golden;
 pub(in crate::ml) mod golden_adapters;
 pub(in crate::ml) mod golden_compare;

@@ -270,12 +270,9 @@ impl Planned<'_> {
         Ok(longest)
     }
 
-    /// What the training will take. `base` is what the process has already, in bytes, the rows included.
-    ///
-    /// # Errors
-    /// The headers of the weights can't be read, or a row lacks an answer that the loss needs.
-    pub fn estimate(&self, base: u64) -> anyhow::Result<Estimate> {
-        let (model, settings) = (&self.model, self.settings);
+    /// What the rows come to and what the passes take, if products are computed in the type that `of` makes of the model's.
+    fn passes(&self, of: impl Fn(DType) -> DType) -> anyhow::Result<(Dealt, PassMemory)> {
+        let settings = self.settings;
         let sizes = |model: &Unloaded<'_>| {
             let Unloaded {
                 arch,
@@ -284,16 +281,10 @@ impl Planned<'_> {
                 compute,
                 ..
             } = *model;
-            PassSizes::of_files(arch, adapter, trained, compute, settings.dropout)
+            PassSizes::of_files(arch, adapter, trained, of(compute), settings.dropout)
         };
-        let own_sizes = sizes(model);
-        let total = settings.total_steps(self.rows.len());
-        let dealt = self.deal(own_sizes.as_ref(), total)?;
-        let bytes = model.bytes(settings)?;
-        let reference = match &self.reference {
-            Some(reference) => reference.bytes(settings)?,
-            None => ModelBytes::default(),
-        };
+        let own_sizes = sizes(&self.model);
+        let dealt = self.deal(own_sizes.as_ref(), settings.total_steps(self.rows.len()))?;
         let pass = |of: &dyn Fn(&PassSizes) -> PassMemory| own_sizes.as_ref().map(of);
         let learning = pass(&|sizes| {
             sizes.learning(
@@ -311,6 +302,32 @@ impl Planned<'_> {
         if let Some(sizes) = self.reference.as_ref().and_then(sizes) {
             passes.working += sizes.scoring(dealt.longest).all();
         }
+        Ok((dealt, passes))
+    }
+
+    /// What the training will take. `base` is what the process has already, in bytes, the rows included.
+    ///
+    /// # Errors
+    /// The headers of the weights can't be read, or a row lacks an answer that the loss needs.
+    pub fn estimate(&self, base: u64) -> anyhow::Result<Estimate> {
+        let (model, settings) = (&self.model, self.settings);
+        let total = settings.total_steps(self.rows.len());
+        let (dealt, passes) = self.passes(|compute| compute)?;
+        // The fast path of a device that is no processor has f16 too, and its buffers are the same.
+        let of_device = |compute| match compute {
+            DType::F16 => DType::F32,
+            other => other,
+        };
+        let on_device = if model.compute == DType::F16 {
+            self.passes(of_device)?.1
+        } else {
+            passes
+        };
+        let bytes = model.bytes(settings)?;
+        let reference = match &self.reference {
+            Some(reference) => reference.bytes(settings)?,
+            None => ModelBytes::default(),
+        };
         let float = size_of::<f32>();
         let weights = bytes.frozen + bytes.trained + reference.frozen + reference.adapter;
         let gradients = bytes.elements * float;
@@ -328,9 +345,9 @@ impl Planned<'_> {
             ("trained tensors", gradients),
             ("gradients", gradients),
             ("optimiser", optimizer),
-            ("kept activations", passes.kept),
+            ("kept activations", on_device.kept),
             // What the head needs is given back before the layers' backward takes as much, and memory that is given back is taken again.
-            ("working buffers", passes.working.max(passes.head)),
+            ("working buffers", on_device.working.max(on_device.head)),
         ];
         let on_device = on_device.into_iter().filter(|(_, bytes)| *bytes > 0);
         let always = [

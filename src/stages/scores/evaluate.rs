@@ -425,12 +425,12 @@ impl Measure for Parameters {
         let form = self.form(&rows, arch.scores, &split)?;
         self.prepare(form, dataset, &mut rows)?;
         let place = place(cx)?;
-        let models = Models::open(cx, arguments)?;
+        let models = Models::open(cx, arguments, &place)?;
         let executions = models.executions(cx, &place)?;
         let sides = models.sides(&executions);
         let compute = arguments.compute();
         let reference = match &self.ref_model {
-            Some(reference) => Some(Loaded::open(cx.input(reference)?, None, compute)?),
+            Some(reference) => Some(Loaded::open(cx.input(reference)?, None, compute, &place)?),
             None => None,
         };
         let reference = reference
@@ -481,7 +481,6 @@ impl Measure for Parameters {
                 by_row,
             });
         }
-        note_work(cx, &place);
         report::write(cx, &split, rows.len(), &scored, form.noted())?;
         cx.info(told(form, rows.len(), &scored));
         if self.num_answers > 0 && form != Form::Rewards {
@@ -499,6 +498,7 @@ impl Measure for Parameters {
             fs::write(cx.out().join("answers.jsonl"), lines)
                 .context("could not write `answers.jsonl`")?;
         }
+        note_work(cx, &place);
         Ok(())
     }
 }

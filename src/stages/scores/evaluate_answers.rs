@@ -373,7 +373,8 @@ impl Measure for Parameters {
                 "row {number} of the split `{split}` is a text without a prompt to answer; hint: `evaluate` tells the perplexity of texts"
             );
         }
-        let models = Models::open(cx, arguments)?;
+        let place = place(cx)?;
+        let models = Models::open(cx, arguments, &place)?;
         let folder = &models.scored.folder;
         let tokenizer = tokenizers::load(folder)?;
         let wanted = (split.as_str(), &all_rows[..], rows.len());
@@ -385,7 +386,6 @@ impl Measure for Parameters {
             stops,
         };
         let judge = Judge::new(self)?;
-        let place = place(cx)?;
         let executions = models.executions(cx, &place)?;
         let sides = models.sides(&executions);
         let total = rows.len() * sides.len();

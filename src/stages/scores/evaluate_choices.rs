@@ -334,8 +334,8 @@ impl Measure for Parameters {
         let dataset = cx.input(&self.dataset)?;
         let split = split_or_test(dataset, arguments.split.as_deref())?;
         let asked = self.asked(dataset, &split)?;
-        let models = Models::open(cx, arguments)?;
         let place = place(cx)?;
+        let models = Models::open(cx, arguments, &place)?;
         let executions = models.executions(cx, &place)?;
         let sides = models.sides(&executions);
         let count: usize = asked.iter().map(|one| one.question.choices.len()).sum();

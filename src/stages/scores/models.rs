@@ -45,32 +45,40 @@ pub(super) struct Side<'m> {
 }
 
 impl Loaded {
-    /// Loads a model, with `adapter` if there is one; its products are computed in `compute`.
+    /// Loads a model, with `adapter` if there is one, to be run in a place; its products are computed in `compute`.
     pub(super) fn open(
         folder: &Path,
         adapter: Option<&Path>,
         compute: DType,
+        place: &Place,
     ) -> anyhow::Result<Self> {
         let (arch, weights) = tied::open(folder)?;
         let adapter = adapter.map(LoraAdapter::load).transpose()?;
         let nothing = Trained::Nothing;
         let device = Device::Cpu;
+        let mut model =
+            CausalLm::load(&arch, &weights, adapter.as_ref(), nothing, compute, &device)?;
+        Execution::move_weights(&mut model, place)?;
         Ok(Self {
-            model: CausalLm::load(&arch, &weights, adapter.as_ref(), nothing, compute, &device)?,
+            model,
             folder: folder.to_path_buf(),
         })
     }
 }
 
 impl Models {
-    /// Loads the models that the parameters name.
-    pub(super) fn open(cx: &Context, arguments: &EvaluationArguments) -> anyhow::Result<Self> {
+    /// Loads the models that the parameters name, to be run in a place.
+    pub(super) fn open(
+        cx: &Context,
+        arguments: &EvaluationArguments,
+        place: &Place,
+    ) -> anyhow::Result<Self> {
         let compute = arguments.compute();
         let adapter = arguments.adapter.as_ref();
         let adapter = adapter.map(|adapter| cx.input(adapter)).transpose()?;
-        let scored = Loaded::open(cx.input(&arguments.model)?, adapter, compute)?;
+        let scored = Loaded::open(cx.input(&arguments.model)?, adapter, compute, place)?;
         let baseline = match &arguments.baseline {
-            Some(baseline) => Some(Loaded::open(cx.input(baseline)?, None, compute)?),
+            Some(baseline) => Some(Loaded::open(cx.input(baseline)?, None, compute, place)?),
             None => None,
         };
         Ok(Self {

@@ -175,7 +175,7 @@ impl RewardModel {
             let count = ids.len();
             sequences.push(Sequence::new(ids, count));
         }
-        let loaded = Loaded::open(&self.folder, self.adapter.as_deref(), self.compute)?;
+        let loaded = Loaded::open(&self.folder, self.adapter.as_deref(), self.compute, place)?;
         let execution = execution_on(cx, &loaded.model, Packing::default(), place)?;
         let pass = Pass::INFER;
         let scores = score(&execution, &sequences, batch_size, self.pad, pass, report)?;

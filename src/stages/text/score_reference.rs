@@ -16,6 +16,7 @@ use crate::data::table::{Split, Writer, pass, splits};
 use crate::data::tokens;
 use crate::engine::{Context, Implied, Input, Problem, Stage};
 use crate::ml::adapter::Adapter as LoraAdapter;
+use crate::ml::execution::Execution;
 use crate::ml::fused::Packing;
 use crate::ml::loss::Loss;
 use crate::ml::loss::dpo::Dpo;
@@ -96,7 +97,7 @@ impl Stage for ScoreReference {
         let compute = compute_dtype(self.bf16, self.fp16);
         let by = Scorer::new(folder, adapter.as_ref().map(|(folder, _)| *folder), compute)?;
         let (arch, weights) = tied::open(folder)?;
-        let model = CausalLm::load(
+        let mut model = CausalLm::load(
             &arch,
             &weights,
             adapter.as_ref().map(|(_, adapter)| adapter),
@@ -106,6 +107,7 @@ impl Stage for ScoreReference {
         )?;
         drop(weights);
         let place = place(cx)?;
+        Execution::move_weights(&mut model, &place)?;
         let execution = execution_on(cx, &model, Packing::default(), &place)?;
         let splits = splits(dataset)?.into_iter();
         let splits = splits.map(|(name, files)| Split::of_files(&name, files));

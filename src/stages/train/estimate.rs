@@ -1,8 +1,6 @@
 //! What a training will take: told before its weights are read, compared with the machine, and kept in the record beside what was
 //! measured.
 
-use std::collections::BTreeMap;
-
 use anyhow::bail;
 
 use super::inputs::Inputs;
@@ -17,16 +15,8 @@ use crate::ml::train::process_group;
 /// What `pipeline estimate` assumes of a process that it can't measure.
 const BASE: u64 = 32 << 20;
 
-/// What a training will take.
-pub(super) struct Found {
-    /// Of the machine.
-    pub(super) estimate: Estimate,
-    /// Bytes by part of a GPU's memory, if the passes run on one.
-    pub(super) on_device: BTreeMap<String, u64>,
-}
-
 /// What the training will take.
-pub(super) fn estimate<M: Method>(method: &M, inputs: &Inputs) -> anyhow::Result<Found> {
+pub(super) fn estimate<M: Method>(method: &M, inputs: &Inputs) -> anyhow::Result<Estimate> {
     let own = match &inputs.reference.0 {
         Source::Own(folder, adapter) if !inputs.precomputes => {
             Some((tied::open(folder)?, adapter.as_deref()))
@@ -68,14 +58,14 @@ pub(super) fn estimate<M: Method>(method: &M, inputs: &Inputs) -> anyhow::Result
         ("longest_pass", found.longest_pass),
     ];
     let named = |(name, value): (&str, u64)| (name.to_owned(), value);
-    Ok(Found {
-        estimate: Estimate {
-            counts: counts.into_iter().map(named).collect(),
-            memory: found.memory.into_iter().map(named).collect(),
-            peak_memory: found.peak,
-            is_lower_bound: !planned.is_known(),
-        },
-        on_device: found.on_device.into_iter().map(named).collect(),
+    let on_device = found.on_device.into_iter();
+    let on_device = on_device.filter(|_| cfg!(feature = "gpu"));
+    Ok(Estimate {
+        counts: counts.into_iter().map(named).collect(),
+        memory: found.memory.into_iter().map(named).collect(),
+        peak_memory: found.peak,
+        is_lower_bound: !planned.is_known(),
+        gpu_memory: on_device.map(named).collect(),
     })
 }
 

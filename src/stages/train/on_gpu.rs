@@ -2,7 +2,7 @@
 
 use anyhow::bail;
 
-use super::estimate::{Found, advice, parts, size};
+use super::estimate::{advice, parts, size};
 use super::inputs::Inputs;
 use crate::engine::{Context, DeviceChoice, Estimate};
 use crate::ml::place::Place;
@@ -41,7 +41,7 @@ fn fit(takes: &Estimate, memory: u64, advice: &str) -> Fit {
 /// The training does not fit into the memory of the GPU that was asked for by name.
 pub(super) fn place_that_fits(
     cx: &Context,
-    found: &Found,
+    estimate: &Estimate,
     inputs: &Inputs,
     place: Place,
 ) -> anyhow::Result<Place> {
@@ -49,9 +49,9 @@ pub(super) fn place_that_fits(
         return Ok(place);
     };
     let takes = Estimate {
-        memory: found.on_device.clone(),
-        peak_memory: found.on_device.values().sum(),
-        ..found.estimate.clone()
+        memory: estimate.gpu_memory.clone(),
+        peak_memory: estimate.gpu_memory.values().sum(),
+        ..estimate.clone()
     };
     cx.note("gpu_memory_estimate", &takes.memory);
     cx.info(format!(

@@ -9,7 +9,6 @@ use crate::engine::{Context, Input};
 use crate::ml::adapter::Adapter;
 use crate::ml::execution::Execution;
 use crate::ml::fused::Packing;
-use crate::ml::model::linear::Pass;
 use crate::ml::model::{CausalLm, Trained, tied};
 use crate::ml::place::Place;
 use crate::ml::train::ReferenceModel;
@@ -139,12 +138,13 @@ impl Reference {
 }
 
 impl Loaded {
-    /// Loads a reference model.
+    /// Loads a reference model, to be run in a place.
     pub(super) fn new(
         cx: &Context,
         source: &Source,
         told: &str,
         compute: DType,
+        place: &Place,
     ) -> anyhow::Result<Self> {
         if !told.is_empty() {
             let known = match source {
@@ -161,7 +161,7 @@ impl Loaded {
         };
         let (config, weights) = tied::open(folder)?;
         let device = candle_core::Device::Cpu;
-        let loaded = CausalLm::load(
+        let mut loaded = CausalLm::load(
             &config,
             &weights,
             adapter.as_deref(),
@@ -169,6 +169,7 @@ impl Loaded {
             compute,
             &device,
         )?;
+        Execution::move_weights(&mut loaded, place)?;
         Ok(Self::Frozen(Box::new(loaded)))
     }
 
@@ -179,7 +180,7 @@ impl Loaded {
         place: &Place,
     ) -> anyhow::Result<Option<Execution<'_>>> {
         match self {
-            Self::Frozen(model) => match Execution::placed(model, packing, place, Pass::INFER) {
+            Self::Frozen(model) => match Execution::placed(model, packing, place) {
                 Ok(execution) => Ok(Some(execution)),
                 Err(why) => Err(anyhow!("the reference model can't run on the GPU: {why}")),
             },

@@ -21,14 +21,13 @@ use crate::ml::execution::Execution;
 use crate::ml::io::folder::{METRICS, TRAINER_STATE};
 use crate::ml::model::CausalLm;
 use crate::ml::model::batch::Row;
-use crate::ml::model::linear::Pass;
 use crate::ml::place::{Place, Work};
 use crate::ml::train::save::{save_adapter, save_model};
 use crate::ml::train::{
     Ending, Job, Log, Origin, Passes, ReferenceModel, Start, Step, continue_from, process_group,
     train_together, trainer_state,
 };
-use crate::stages::model_input::{execution_of, note_work, place};
+use crate::stages::model_input::{execution_on, note_work, place};
 use crate::stages::text::chat_template;
 
 /// Says where the training starts, and puts it into the record.
@@ -112,10 +111,9 @@ pub(super) fn run<M: Method>(
     arguments: &TrainingArguments,
 ) -> anyhow::Result<()> {
     let inputs = Inputs::read(cx, method, reference, common, arguments)?;
-    let found = estimate::estimate(method, &inputs)?;
-    let estimate = &found.estimate;
+    let estimate = &estimate::estimate(method, &inputs)?;
     estimate::tell(cx, estimate, &inputs)?;
-    let place = place_that_fits(cx, &found, &inputs, place(cx)?)?;
+    let place = place_that_fits(cx, estimate, &inputs, place(cx)?)?;
     let trained = inputs.trained();
     let Inputs {
         folder,
@@ -142,14 +140,12 @@ pub(super) fn run<M: Method>(
     };
     let train_rows = &mut train_rows.rows;
     let device = Device::Cpu;
-    let model = CausalLm::load(&arch, &weights, adapter.as_ref(), trained, compute, &device)?;
+    let mut model =
+        CausalLm::load(&arch, &weights, adapter.as_ref(), trained, compute, &device)?;
     drop(weights);
+    Execution::move_weights(&mut model, &place)?;
     let loss = method.loss();
-    let pass = Pass {
-        label_smoothing: loss.label_smoothing(),
-        ..Pass::INFER
-    };
-    let execution = execution_of(cx, &model, packing, &place, pass)?;
+    let execution = execution_on(cx, &model, packing, &place)?;
     let longest = estimate.counts.get("longest_pass").copied();
     execution.expect(usize::try_from(longest.unwrap_or(0))?);
     if *arguments.cache_frozen_layers && settings.neftune_noise_alpha.is_some() {
@@ -159,7 +155,7 @@ pub(super) fn run<M: Method>(
     } else if *arguments.cache_frozen_layers {
         cache_frozen_layers(cx, &execution, &[train_rows, &eval_rows])?;
     }
-    let mut loaded = Loaded::new(cx, &reference.0, reference.1, compute)?;
+    let mut loaded = Loaded::new(cx, &reference.0, reference.1, compute, &place)?;
     if precomputes {
         let own = loaded.execution(packing, &place)?;
         let passes = Passes {
@@ -287,7 +283,8 @@ struct StepReporter {
 struct StepWork {
     /// All that it did until the last step ended.
     before: Option<Work>,
-    /// What it did in the last step in which nothing was evaluated, and for the checkpoint before it, if one was written.
+    /// What it did in the last step before the very last one in which nothing was evaluated, and for the checkpoint before it, if one was
+    /// written. The very last one copies all back, for the result and for a longer training.
     last_step: Option<Work>,
 }
 
@@ -298,6 +295,7 @@ impl StepWork {
         }
         let Some(now) = place.work() else { return };
         if let Some(before) = self.before.replace(now)
+            && step.step < step.total
             && !step.logs.iter().any(is_evaluation)
         {
             self.last_step = Some(now.since(before));

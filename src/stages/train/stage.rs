@@ -116,7 +116,7 @@ impl<M: Method> Stage for Train<M> {
             arguments,
         } = self;
         let inputs = Inputs::read(cx, method, reference, common, arguments)?;
-        Ok(Some(estimate(method, &inputs)?.estimate))
+        Ok(Some(estimate(method, &inputs)?))
     }
 
     fn position(&self, scratch: &Path) -> Option<Position> {

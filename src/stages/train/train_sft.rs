@@ -42,8 +42,7 @@ pub struct Parameters {
     #[serde(default, skip_serializing_if = "LossType::is_nll")]
     #[schemars(extend("default" = "nll"))]
     loss_type: LossType,
-    /// The part of each token's probability that is spread over the whole vocabulary (label smoothing), for `loss_type: nll`. A model whose
-    /// logits have a soft-cap takes the slower reference path for it.
+    /// The part of each token's probability that is spread over the whole vocabulary (label smoothing), for `loss_type: nll`.
     #[serde(default, skip_serializing_if = "is_zero")]
     #[schemars(extend("default" = 0))]
     #[schemars(extend("minimum" = 0, "maximum" = 1))]

@@ -6,9 +6,44 @@ use crate::ml::backend::{Decoder as _, Token};
 use crate::ml::generate::greedy;
 use crate::ml::model::Cache;
 
+pub(super) const SEQUENCES: [&[u32]; 3] = [&[5, 90, 7, 300, 41, 2], &[500], &[12, 13, 14]];
+
+/// Whether a decoder of these sequences, none longer than 6, gives the reference's logits. Returns those behind each.
+pub(super) fn continues(
+    decoder: &mut dyn crate::ml::backend::Decoder,
+    model: &CausalLm,
+    pass: Pass,
+    within: f32,
+) -> Vec<Vec<f32>> {
+    let vocabulary = model.arch.vocab_size;
+    // A token of each text at a time, as long as it has some, so that they stand beside each other.
+    let mut last = vec![Vec::new(); SEQUENCES.len()];
+    for at in 0..6 {
+        let tokens: Vec<Token> = (0..SEQUENCES.len())
+            .filter_map(|sequence| Some((sequence, SEQUENCES[sequence].get(at)?)))
+            .map(|(sequence, &id)| Token { sequence, id })
+            .collect();
+        let wanted: Vec<usize> = (0..tokens.len()).collect();
+        let logits = decoder.step(&tokens, &wanted).unwrap();
+        for (token, logits) in tokens.iter().zip(logits.chunks_exact(vocabulary)) {
+            last[token.sequence] = logits.to_vec();
+        }
+    }
+    for (sequence, ids) in SEQUENCES.iter().enumerate() {
+        let plain = model.next_logits(ids, &mut Cache::default(), pass).unwrap();
+        let largest = plain.iter().fold(0f32, |most, x| most.max(x.abs()));
+        let pairs = plain.iter().zip(&last[sequence]);
+        let far = pairs.fold(0f32, |far, (a, b)| far.max((a - b).abs()));
+        assert!(far < within * largest, "{sequence}: {far}");
+    }
+    let full = Token { sequence: 0, id: 1 };
+    let error = decoder.step(&[full], &[]).unwrap_err().to_string();
+    assert!(error.contains("beyond its longest length"), "{error}");
+    last
+}
+
 #[test]
 fn decoding_gives_the_reference_s_logits() {
-    let sequences: [&[u32]; 3] = [&[5, 90, 7, 300, 41, 2], &[1000], &[12, 13, 14]];
     for (base, compute, within) in [
         ("model", DType::F32, 1e-4),
         ("model_nf4", DType::F32, 1e-4),
@@ -16,35 +51,10 @@ fn decoding_gives_the_reference_s_logits() {
     ] {
         let model = golden::model(base, Some("adapter_final"), Trained::Nothing, compute);
         for pass in [Pass::BASE, Pass::INFER] {
-            let mut decoder = decode::Decoder::new(&model, sequences.len(), 6, pass)
+            let mut decoder = decode::Decoder::new(&model, SEQUENCES.len(), 6, pass)
                 .unwrap()
                 .unwrap();
-            // A token of each text at a time, as long as it has some, so that they stand beside each other.
-            let mut last = vec![Vec::new(); sequences.len()];
-            for at in 0..6 {
-                let tokens: Vec<Token> = (0..sequences.len())
-                    .filter_map(|sequence| Some((sequence, sequences[sequence].get(at)?)))
-                    .map(|(sequence, &id)| Token { sequence, id })
-                    .collect();
-                let positions_: Vec<usize> = (0..tokens.len()).collect();
-                let logits = decoder.step(&tokens, &positions_).unwrap();
-                for (token, logits) in tokens.iter().zip(logits.chunks_exact(1024)) {
-                    last[token.sequence] = logits.to_vec();
-                }
-            }
-            for (sequence, ids) in sequences.iter().enumerate() {
-                let plain = model.next_logits(ids, &mut Cache::default(), pass).unwrap();
-                let largest = plain.iter().fold(0f32, |most, x| most.max(x.abs()));
-                let pairs = plain.iter().zip(&last[sequence]);
-                let far = pairs.fold(0f32, |far, (a, b)| far.max((a - b).abs()));
-                assert!(
-                    far < within * largest,
-                    "{base} {compute:?} {sequence}: {far}"
-                );
-            }
-            let full = Token { sequence: 0, id: 1 };
-            let error = decoder.step(&[full], &[]).unwrap_err().to_string();
-            assert!(error.contains("beyond its longest length"), "{error}");
+            continues(&mut decoder, &model, pass, within);
         }
     }
     let half = golden::model("model", None, Trained::Nothing, DType::F16);
