@@ -253,7 +253,8 @@ impl Project {
                 node.handling.executor = Some(name.to_owned());
             }
         }
-        clusters.add_to(&mut self.executors, &self.recipe.path)
+        let (store, shared) = (&self.store, &self.shared);
+        clusters.add_to(&mut self.executors, &self.recipe.path, store, shared)
     }
 
     /// The jobs of a run on clusters.
