@@ -33,6 +33,7 @@ use serde::{Deserialize, Serialize};
 use super::canonical::Digest;
 use super::event::Event;
 use super::files::{read_small, remove, sync_folder, write_atomically};
+use super::part::Part;
 use super::task::Task;
 
 const TASK: &str = "task.json";
@@ -295,6 +296,14 @@ impl JobFolder {
             taken.with_context(|| format!("could not take over `{}`", from.display()))?;
         }
         fs::create_dir(&out).with_context(|| format!("could not make `{}`", out.display()))?;
+        if let Part::Joined(folders) = &mut task.part {
+            // What shards made lies in the scratch folder, and moved with it.
+            for folder in folders {
+                if let Ok(below) = Path::new(folder).strip_prefix(&task.scratch) {
+                    *folder = scratch.join(below).into_os_string();
+                }
+            }
+        }
         task.out = out.into_os_string();
         task.scratch = scratch.into_os_string();
         Ok(Start {
