@@ -20,6 +20,8 @@ use crate::support::terminal::AtTerminal;
 mod arrays;
 mod export;
 mod faults;
+#[cfg(feature = "mpi")]
+mod nodes;
 mod story;
 mod unshared;
 

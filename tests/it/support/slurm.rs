@@ -411,6 +411,28 @@ impl Cluster {
     }
 }
 
+#[cfg(feature = "mpi")]
+impl Cluster {
+    /// Kills the last of the cluster's processes that have this word among their arguments and were not started by one that has it, too; gives
+    /// their number.
+    pub(crate) fn kill_one_of(&self, word: &str) -> usize {
+        let has = |pid: i32| {
+            let name = fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
+            let line = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+            !name.starts_with("srun") && String::from_utf8_lossy(&line).contains(word)
+        };
+        let all = self.processes();
+        let own = all
+            .into_iter()
+            .filter(|pid| has(pid.as_raw()) && !has(parent(pid.as_raw())));
+        let own: Vec<Pid> = own.collect();
+        if let Some(last) = own.last() {
+            kill(*last, Signal::SIGKILL).unwrap();
+        }
+        own.len()
+    }
+}
+
 fn is_zombie(pid: Pid) -> bool {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
     stat.rsplit_once(") ")
