@@ -9,13 +9,18 @@ use serde_json::Value;
 
 use super::remote::{self, SETTINGS};
 use super::{Failure, confine, error, variable};
-use crate::engine::{Cluster, Executors, Fault, LOCAL, ParseError, SlurmSettings, read_parameters};
+use crate::engine::remote::Shared;
+use crate::engine::{
+    Away, Cluster, Executors, Fault, LOCAL, ParseError, SlurmSettings, Store, read_parameters,
+};
 use crate::recipe::{Recipe, RecipeErrors};
 
 /// The variable with the program that nodes start, where it is not this one.
 const PROGRAM: &str = "PIPELINE_SLURM_PROGRAM";
 /// What the names of variables begin with that Slurm sets in a job.
 const OF_A_JOB: &str = "SLURM_";
+/// What the names of variables begin with that are settings of Slurm's programs.
+const OF_SLURM: [&str; 3] = ["SLURM_", "SBATCH_", "MUNGE"];
 /// The one of them that says which cluster is meant, inside of a job and outside.
 const WHICH: &str = "SLURM_CONF";
 
@@ -139,16 +144,27 @@ impl Clusters {
         Err(Failure::Usage(error::render(&RecipeErrors(wrong))))
     }
 
-    /// Makes executors of them, for a recipe.
-    pub(super) fn add_to(self, executors: &mut Executors, recipe: &Path) -> Result<(), Failure> {
+    /// Makes executors of them, for a recipe. Jobs on nodes that don't see the store go through the remote `shared`.
+    pub(super) fn add_to(
+        self,
+        executors: &mut Executors,
+        recipe: &Path,
+        store: &Store,
+        shared: &Shared,
+    ) -> Result<(), Failure> {
         let name = recipe.file_stem().unwrap_or_default();
         for (cluster, settings) in self.0 {
+            let remote = shared.for_jobs().filter(|_| !settings.is_shared());
+            let away =
+                remote.map(|(shared, variables)| Away::new(shared, variables, store.clone()));
             executors.add(Cluster {
                 name: cluster,
                 settings,
                 program: program()?,
                 recipe: name.to_string_lossy().into_owned(),
                 unset: of_a_job(),
+                private: private(),
+                away,
             });
         }
         Ok(())
@@ -165,6 +181,18 @@ pub(super) fn program() -> Result<PathBuf, Failure> {
         let message = format!("this program can't be found, to be started on nodes: {error}");
         Failure::Usage(error::with_hint(&message, &format!("name it by {PROGRAM}")))
     })
+}
+
+/// The variables of this process that are no settings of Slurm's programs.
+fn private() -> Vec<OsString> {
+    let names = std::env::vars_os().map(|(name, _)| name);
+    let is_setting = |name: &OsString| {
+        let name = name.as_encoded_bytes();
+        OF_SLURM
+            .iter()
+            .any(|start| name.starts_with(start.as_bytes()))
+    };
+    names.filter(|name| !is_setting(name)).collect()
 }
 
 /// The variables of the job that this process may be in. Slurm's programs would take some of them for settings of new jobs.

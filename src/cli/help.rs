@@ -7,6 +7,7 @@ use clap_complete::engine::{
     ArgValueCandidates, ArgValueCompleter, CompletionCandidate, PathCompleter, ValueCompleter as _,
 };
 
+use super::args::RecipeArgs;
 use super::{Cli, default_recipe};
 use crate::report::style::{BOLD, paint};
 
@@ -205,16 +206,31 @@ fn stages() -> Vec<CompletionCandidate> {
         .map(std::path::PathBuf::from)
         .find(|word| default_recipe::is_recipe(word.as_os_str()) && word.is_file());
     let found = || default_recipe::find(&std::env::current_dir().ok()?);
-    let text = named
-        .or_else(found)
-        .and_then(|path| super::read_text(&path, 1 << 20).ok());
-    let stages = text
-        .map(|text| crate::recipe::stage_names(&text, crate::stages::KINDS))
-        .unwrap_or_default();
+    let stages = named.or_else(found).map(stages_of);
+    let stages = stages.unwrap_or_default();
     stages
         .into_iter()
         .map(|(name, kind)| CompletionCandidate::new(name).help(kind.map(Into::into)))
         .collect()
+}
+
+/// The names of a recipe's stages and their kinds, with those of recipes that it includes, as far as they are on this machine.
+fn stages_of(path: std::path::PathBuf) -> Vec<(String, Option<String>)> {
+    let Ok(text) = super::read_text(&path, 1 << 20) else {
+        return Vec::new();
+    };
+    if ["include", "extends"].iter().any(|key| text.contains(key)) {
+        let args = RecipeArgs {
+            recipe: path,
+            set: Vec::new(),
+            profile: Vec::new(),
+            allow_path: Vec::new(),
+        };
+        if let Some(recipe) = super::project::load_at_hand(&args) {
+            return crate::recipe::names_of(recipe);
+        }
+    }
+    crate::recipe::stage_names(&text, crate::stages::KINDS)
 }
 
 /// Where a recipe may stand, a stage of the project's may stand too.

@@ -3,6 +3,7 @@
 //! A local one has to lie in the project, like everything that a recipe reads. What comes from elsewhere is named by a commit, which the
 //! lock file pins, and may read files of its own repository only.
 
+mod cache;
 mod git;
 mod source;
 

@@ -29,6 +29,16 @@ pub(super) fn load(args: &RecipeArgs) -> Result<Recipe, Failure> {
     Ok(load_with(args, None, &env, pins)?.recipe)
 }
 
+/// A recipe with those that it includes, as far as they are on this machine: nothing is asked of a network, and no mistake is told.
+pub(super) fn load_at_hand(args: &RecipeArgs) -> Option<Recipe> {
+    let env = RunEnv {
+        on_warning: None,
+        ..run_env(true)
+    };
+    let pins = lock_file::read(&args.recipe).ok()?.unwrap_or_default().1;
+    Some(load_with(args, None, &env, pins).ok()?.recipe)
+}
+
 /// The vars of a recipe, whether all that need a value have one or not.
 pub(super) fn load_vars(args: &RecipeArgs, offline: bool) -> Result<Vec<Var>, Failure> {
     let (here, env) = (here()?, run_env(offline));
@@ -253,7 +263,8 @@ impl Project {
                 node.handling.executor = Some(name.to_owned());
             }
         }
-        clusters.add_to(&mut self.executors, &self.recipe.path)
+        let (store, shared) = (&self.store, &self.shared);
+        clusters.add_to(&mut self.executors, &self.recipe.path, store, shared)
     }
 
     /// The jobs of a run on clusters.

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
 
+use anyhow::Context as _;
 use clap::Args;
 use serde::Deserialize;
 use serde_json::Value;
@@ -117,11 +118,29 @@ impl RemoteArgs {
                 "the password for `{shown}` is sent over plain HTTP, where anyone on the way can read it"
             ));
         }
-        Ok(match ObjectRemote::open(&address, &variables()) {
-            Ok(remote) => Shared::new(Arc::new(remote), settings),
+        let mut variables = variables();
+        Ok(match ObjectRemote::open(&address, &variables) {
+            Ok(remote) => {
+                variables.insert(VARIABLE.to_owned(), address.from_anywhere(&url));
+                Shared::new(Arc::new(remote), settings).found_by(variables)
+            }
             Err(error) => Shared::broken(&format!("{error:#}"), settings.required),
         })
     }
+}
+
+/// The remote of a job, which its environment names.
+pub(super) fn of_job() -> anyhow::Result<Shared> {
+    let url = variable(VARIABLE).filter(|url| !url.is_empty());
+    let url = url.with_context(|| format!("the environment of the job has no {VARIABLE}"))?;
+    let address = Address::parse(&url, Path::new("/"))?;
+    let settings = Settings {
+        pull: true,
+        push: true,
+        required: true,
+    };
+    let remote = ObjectRemote::open(&address, &variables())?;
+    Ok(Shared::new(Arc::new(remote), settings))
 }
 
 /// Allows the remote that a project's own file names, or no longer. Gives the remote as it is shown.

@@ -42,6 +42,11 @@ impl Control {
         self.cancel.store(true, Ordering::Relaxed);
     }
 
+    /// What is set when the run is told to stop.
+    pub(super) fn flag(&self) -> &AtomicBool {
+        &self.cancel
+    }
+
     /// Whether the stage was told to stop, whatever its time limit.
     pub fn is_cancelled(&self) -> bool {
         let own = self.own.as_ref();

@@ -13,6 +13,7 @@ use std::sync::Arc;
 
 use serde_json::Value;
 
+use super::canonical::Digest;
 use super::control::Control;
 use super::event::{Event, Level};
 use super::job::JobFolder;
@@ -29,7 +30,7 @@ pub(super) use launch::command as launched;
 pub use launch::prefix;
 pub(super) use sharded::execute as execute_sharded;
 pub(super) use slurm::Slurm;
-pub use slurm::{Cluster, Jobs, SlurmSettings};
+pub use slurm::{Away, Cluster, Jobs, SlurmSettings, explain_to_slurm};
 
 /// What a successful stage returns besides the files in its output folder.
 #[derive(Debug, Default)]
@@ -38,6 +39,8 @@ pub struct TaskResult {
     pub notes: BTreeMap<String, Value>,
     /// Digests of files of the output that are known already, by name.
     pub written: BTreeMap<String, Entry>,
+    /// What the stage made, if it is an artifact of the store already: then there is nothing in the output folder.
+    pub content: Option<Digest>,
 }
 
 /// Runs tasks.

@@ -141,6 +141,13 @@ impl Store {
         Ok(InUse(Some(file)))
     }
 
+    /// The lock of a collection, if nobody uses the store.
+    pub(super) fn alone(&self) -> Option<InUse> {
+        let lock = self.use_lock().ok()?;
+        lock.try_lock().ok()?;
+        Some(InUse(Some(lock)))
+    }
+
     fn use_lock(&self) -> anyhow::Result<File> {
         self.ignore_in_git();
         super::store::open_lock(&self.lock_path(IN_USE))

@@ -16,6 +16,9 @@
 //! each start has folders of its own, made by an atomic "create if it is not there", and of their results the first one counts. The
 //! scratch folder is moved to the next start where nobody can write there any more, and copied where somebody may: a rename would
 //! take along whoever has it as the current folder.
+//!
+//! On nodes that don't see this folder a job works in folders of its own, and what it tells comes by the remote (`engine::far`); it is
+//! then written down here as if the job had done so, and read from here.
 
 use std::ffi::OsString;
 use std::fs::{self, File, Permissions};
@@ -27,8 +30,10 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, bail};
 use serde::{Deserialize, Serialize};
 
+use super::canonical::Digest;
 use super::event::Event;
 use super::files::{read_small, remove, sync_folder, write_atomically};
+use super::part::Part;
 use super::task::Task;
 
 const TASK: &str = "task.json";
@@ -67,8 +72,11 @@ pub(super) struct Submitted {
     pub(super) executor: String,
     /// The scheduler's number; none while it is being submitted.
     pub(super) id: Option<u64>,
-    /// The name in the scheduler's lists, which no other job has.
+    /// The name in the scheduler's lists, which no other job has; of an array of jobs all elements have it.
     pub(super) name: String,
+    /// The element, if it is one of an array of jobs.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(super) element: Option<u32>,
 }
 
 /// How a start of a job ended by itself.
@@ -78,6 +86,9 @@ pub(super) struct JobResult {
     pub(super) start: u32,
     /// [`Event::WorkDone`] or [`Event::WorkFailed`].
     pub(super) event: Event,
+    /// What it made, if that is an artifact of the store by now and no folder of the start.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(super) content: Option<Digest>,
 }
 
 /// One start of a job, on the machine where it runs.
@@ -217,6 +228,29 @@ impl JobFolder {
         lines.rfind(|line| !line.is_empty()).map(str::to_owned)
     }
 
+    /// Notes a start that happens elsewhere, where nobody sees this folder, with no events yet.
+    pub(super) fn note_start(&self, number: u32) -> anyhow::Result<()> {
+        let own = self.start_folder(number);
+        fs::create_dir_all(&own)
+            .and_then(|()| File::create(own.join(EVENTS)).map(drop))
+            .with_context(|| format!("could not make `{}`", own.display()))
+    }
+
+    /// Notes events of such a start.
+    pub(super) fn note_events(&self, number: u32, lines: &[u8]) -> anyhow::Result<()> {
+        let path = self.start_folder(number).join(EVENTS);
+        let append = || -> std::io::Result<()> {
+            let mut file = File::options().append(true).open(&path)?;
+            file.write_all(lines)
+        };
+        append().with_context(|| format!("could not write `{}`", path.display()))
+    }
+
+    /// Notes how such a start ended.
+    pub(super) fn note_result(&self, result: &JobResult) -> anyhow::Result<()> {
+        write_atomically(&self.0.join(RESULT), &serde_json::to_vec(result)?)
+    }
+
     fn start_folder(&self, number: u32) -> PathBuf {
         self.0.join(number.to_string())
     }
@@ -262,6 +296,14 @@ impl JobFolder {
             taken.with_context(|| format!("could not take over `{}`", from.display()))?;
         }
         fs::create_dir(&out).with_context(|| format!("could not make `{}`", out.display()))?;
+        if let Part::Joined(folders) = &mut task.part {
+            // What shards made lies in the scratch folder, and moved with it.
+            for folder in folders {
+                if let Ok(below) = Path::new(folder).strip_prefix(&task.scratch) {
+                    *folder = scratch.join(below).into_os_string();
+                }
+            }
+        }
         task.out = out.into_os_string();
         task.scratch = scratch.into_os_string();
         Ok(Start {
@@ -369,6 +411,7 @@ impl Start {
         let result = JobResult {
             start: self.number,
             event,
+            content: None,
         };
         let finish = || -> std::io::Result<()> {
             let mut file = tempfile::NamedTempFile::new_in(folder)?;

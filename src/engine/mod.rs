@@ -14,6 +14,8 @@ mod estimate;
 mod event;
 mod event_log;
 mod executor;
+mod far;
+mod far_work;
 mod files;
 mod fingerprint;
 mod forecast;
@@ -71,8 +73,10 @@ pub use estimate::Estimate;
 pub use event::{EVENT_VERSION, Event, Level};
 pub use event_log::{EventLog, LoggedEvent};
 pub use executor::{
-    ChildProcess, Cluster, Executor, Executors, InProcess, Jobs, LOCAL, SlurmSettings, TaskResult,
+    Away, ChildProcess, Cluster, Executor, Executors, InProcess, Jobs, LOCAL, SlurmSettings,
+    TaskResult, explain_to_slurm,
 };
+pub use far_work::{FarJob, run_far_job};
 pub use files::write_atomically;
 pub(crate) use fingerprint::content;
 pub use fingerprint::{Fingerprint, Origin};

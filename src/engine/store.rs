@@ -404,13 +404,37 @@ impl Miss<'_> {
         let manifest = Manifest::read_with(&partial, &digests)?;
         let (content, new) = store.admit(&partial, manifest, cancel, waiting)?;
         record.artifact = content;
-        store.write_record(&self.fingerprint, &record)?;
+        self.close(&record)?;
+        Ok((record, new))
+    }
+
+    /// Writes the record of a result that is in the store already, as the artifact `content`.
+    pub(super) fn commit_artifact(
+        self,
+        mut record: Record,
+        content: Digest,
+    ) -> anyhow::Result<Record> {
+        ensure!(
+            self.store.is_sound(&content),
+            "the result of `{}` is not whole in the store",
+            record.stage
+        );
+        record.artifact = content;
+        self.close(&record)?;
+        self.discard()?;
+        Ok(record)
+    }
+
+    /// Writes the record, and removes what the work on it left.
+    fn close(&self, record: &Record) -> anyhow::Result<()> {
+        let store = self.store;
+        store.write_record(&self.fingerprint, record)?;
         remove(&store.scratch(&self.fingerprint))?;
         remove(&store.scratch_note(&self.fingerprint))?;
         remove(&store.failed(&self.fingerprint))?;
         // Of jobs there may be something that nobody waits for any more, on a node that was lost.
         let _ = remove(&store.root.join("jobs").join(&self.fingerprint));
-        Ok((record, new))
+        Ok(())
     }
 }
 

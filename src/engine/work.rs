@@ -188,9 +188,9 @@ pub fn run_job(
 }
 
 /// The event that tells how a task ended.
-fn last_event(result: anyhow::Result<TaskResult>) -> Event {
+pub(super) fn last_event(result: anyhow::Result<TaskResult>) -> Event {
     match result {
-        Ok(TaskResult { notes, written }) => Event::WorkDone { notes, written },
+        Ok(TaskResult { notes, written, .. }) => Event::WorkDone { notes, written },
         Err(error) => failed(&error),
     }
 }

@@ -202,7 +202,13 @@ impl Worker<'_, '_> {
             let _ = miss.keep_continuation(&family);
         }
         let waiting = &mut |holder: &str| self.wait(holder);
-        let (record, _) = miss.commit(record, &result.written, &self.cancel, waiting)?;
+        let record = match result.content {
+            Some(content) => miss.commit_artifact(record, content)?,
+            None => {
+                miss.commit(record, &result.written, &self.cancel, waiting)?
+                    .0
+            }
+        };
         shared.made(store, &prepared.digest);
         self.session.keep_texts(node, prepared);
         store.set_last(recipe, &node.name, &prepared.digest)?;

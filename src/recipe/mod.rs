@@ -373,17 +373,7 @@ pub fn stage_names(text: &str, kinds: &'static [Kind]) -> Vec<(String, Option<St
     if text.contains(matrix::MATRIX)
         && let Ok(recipe) = parse(Path::new(""), text, &[], kinds)
     {
-        let mut names: Vec<(String, Option<String>)> = Vec::new();
-        for stage in recipe.stages {
-            let kind = Some(stage.kind.name.to_owned());
-            if names.iter().all(|(name, _)| *name != stage.declared) {
-                names.push((stage.declared.clone(), kind.clone()));
-            }
-            if stage.name != stage.declared {
-                names.push((stage.name, kind));
-            }
-        }
-        return names;
+        return names_of(recipe);
     }
     let Ok(recipe) = yaml::<serde_yaml::Value>(text) else {
         return Vec::new();
@@ -397,6 +387,21 @@ pub fn stage_names(text: &str, kinds: &'static [Kind]) -> Vec<(String, Option<St
         Some((name.as_str()?.to_owned(), kind))
     });
     named.collect()
+}
+
+/// The names of a recipe's stages, those of a matrix with and without their combinations, and their kinds.
+pub fn names_of(recipe: Recipe) -> Vec<(String, Option<String>)> {
+    let mut names: Vec<(String, Option<String>)> = Vec::new();
+    for stage in recipe.stages {
+        let kind = Some(stage.kind.name.to_owned());
+        if names.iter().all(|(name, _)| *name != stage.declared) {
+            names.push((stage.declared.clone(), kind.clone()));
+        }
+        if stage.name != stage.declared {
+            names.push((stage.name, kind));
+        }
+    }
+    names
 }
 
 /// Advice for a kind that doesn't exist.

@@ -99,6 +99,14 @@ impl Address {
         url.scheme() == "http" && self.has_credentials() && !here
     }
 
+    /// The address that was written as `text`, as it is understood in any folder.
+    pub fn from_anywhere(&self, text: &str) -> String {
+        match &self.place {
+            Place::Folder(folder) => folder.display().to_string(),
+            Place::Url(..) => text.to_owned(),
+        }
+    }
+
     /// Whether reaching it needs the network.
     pub fn is_far(&self) -> bool {
         matches!(self.location, Location::Url(..))

@@ -7,6 +7,8 @@ use std::process::Command;
 use crate::support::hub::HubServer;
 use crate::support::program::Project;
 
+mod network;
+
 const PREP: &str = "\
 version: 1
 vars:

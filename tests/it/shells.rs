@@ -74,6 +74,26 @@ fn bash_completes_commands_options_and_stages() {
     assert!(completed(&["pipeline", "run", "ha"]).contains(&"halves".to_owned()));
     assert!(completed(&["pipeline", "run", "ot"]).contains(&"other.yaml".to_owned()));
     assert!(completed(&["pipeline", "kinds", "train_o"]).contains(&"train_orpo".to_owned()));
+    // Stages of recipes that one includes are called as they are in it.
+    project.write(
+        "rows.jsonl",
+        "{\"prompt\": \"p\", \"chosen\": \"c\", \"rejected\": \"r\"}\n",
+    );
+    project.write(
+        "outer.yaml",
+        "version: 1\ninclude: { prep: other.yaml }\nstages:\n  more: { split_dataset: { dataset: prep.rows, test_size: 0.5 } }\n",
+    );
+    let shown = completed(&["pipeline", "show", "outer.yaml", "prep."]);
+    assert_eq!(shown, ["prep.rows", "prep.thirds"]);
+    // One that can't be had leaves those of the file itself.
+    project.write(
+        "outer.yaml",
+        &project.read("outer.yaml").replace("other", "none"),
+    );
+    assert_eq!(
+        completed(&["pipeline", "show", "outer.yaml", "mo"]),
+        ["more"]
+    );
 }
 
 #[test]

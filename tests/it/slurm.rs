@@ -17,9 +17,13 @@ use crate::support::program::{Project, events, stages};
 use crate::support::slurm::Cluster;
 use crate::support::terminal::AtTerminal;
 
+mod arrays;
 mod export;
 mod faults;
+#[cfg(feature = "mpi")]
+mod nodes;
 mod story;
+mod unshared;
 
 const RECIPE: &str = "\
 version: 1

@@ -12,11 +12,12 @@ use anyhow::anyhow;
 use pipeline_kernels::dispatch::{Isa, limit};
 
 use crate::cli::leaving::on_interrupt;
-use crate::cli::{Failure, project, variable};
+use crate::cli::{Failure, project, remote, variable};
 use crate::engine::work::{
     Orders, Work, catch_panics, end_with_parent, give_way, launcher, read_task, read_task_file,
     run_job,
 };
+use crate::engine::{FarJob, explain_to_slurm, run_far_job};
 use crate::stages::KINDS;
 
 #[cfg(feature = "mpi")]
@@ -55,11 +56,27 @@ pub(in crate::cli) struct Args {
     /// The folder of a job: its task is run in a process of its own, and the folder gets its events and its result
     #[arg(long, value_name = "DIR", conflicts_with = "task")]
     job: Option<PathBuf>,
+    /// The name of a job in the remote: its task is taken from there, and what it tells and makes goes there
+    #[arg(long, value_name = "JOB", conflicts_with_all = ["task", "job"], requires = "digest")]
+    far: Option<String>,
+    /// The digest of that job's task
+    #[arg(long, value_name = "DIGEST", requires = "far")]
+    digest: Option<String>,
+    /// Where this node keeps what jobs fetched from the remote [default: nothing is kept]
+    #[arg(long, value_name = "DIR", requires = "far")]
+    node_store: Option<PathBuf>,
 }
 
 pub(in crate::cli) fn run(args: &Args) -> Result<(), Failure> {
     if let Some(folder) = &args.job {
         return job(folder);
+    }
+    if let (Some(name), Some(digest)) = (&args.far, &args.digest) {
+        let ended = far_job(name, digest, args.node_store.clone());
+        if let Err(Failure::Failed(error)) = &ended {
+            explain_to_slurm(variable, &format!("{error:#}"));
+        }
+        return ended;
     }
     if args.task.is_none() || args.member {
         end_with_parent();
@@ -122,6 +139,29 @@ fn job(folder: &Path) -> Result<(), Failure> {
     let program = project::own_program().ok_or_else(|| anyhow!("this program can't be found"))?;
     let cpus = variable(CPUS).and_then(|cpus| cpus.parse().ok());
     if run_job(folder, program, cpus, variable, &cancel)? {
+        Ok(())
+    } else {
+        Err(Failure::Reported)
+    }
+}
+
+/// Runs a job whose task is in the remote.
+fn far_job(name: &str, digest: &str, store: Option<PathBuf>) -> Result<(), Failure> {
+    let cancel = Arc::new(AtomicBool::new(false));
+    let stop = Arc::clone(&cancel);
+    on_interrupt(move || stop.store(true, Ordering::Relaxed))?;
+    let program = project::own_program().ok_or_else(|| anyhow!("this program can't be found"))?;
+    let job = FarJob {
+        shared: remote::of_job()?,
+        job: name.to_owned(),
+        digest: digest.to_owned(),
+        store,
+        program,
+        cpus: variable(CPUS).and_then(|cpus| cpus.parse().ok()),
+        lookup: variable,
+        cancel,
+    };
+    if run_far_job(&job)? {
         Ok(())
     } else {
         Err(Failure::Reported)

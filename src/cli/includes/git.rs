@@ -14,12 +14,15 @@ use anyhow::{Context as _, bail, ensure};
 use nix::sys::signal::{Signal, killpg};
 use nix::unistd::Pid;
 
+use super::cache::{self, is_commit};
 use crate::cli::variable;
 use crate::engine::write_atomically;
 
 /// How long git may take for one command.
 const LONGEST: Duration = Duration::from_mins(10);
 const TICK: Duration = Duration::from_millis(10);
+/// The time between two looks at the size of what git writes.
+const BETWEEN_LOOKS: Duration = Duration::from_secs(1);
 /// How much of what git prints is read, in bytes.
 const MOST_PRINTED: u64 = 1 << 20;
 
@@ -133,6 +136,7 @@ impl<'u> Repository<'u> {
         ensure!(is_commit(commit), "`{commit}` is no commit");
         let place = self.folder.join(commit);
         if place.is_dir() {
+            cache::note_use(&place);
             return Ok(place);
         }
         check()?;
@@ -177,6 +181,10 @@ impl<'u> Repository<'u> {
             Err(_) if place.is_dir() => {}
             moved => moved.with_context(|| format!("could not write `{}`", place.display()))?,
         }
+        cache::note_use(&place);
+        if let Some(all) = self.folder.parent() {
+            cache::trim(all);
+        }
         Ok(place)
     }
 
@@ -217,17 +225,36 @@ impl<'u> Repository<'u> {
             .process_group(0);
         let mut child = command.spawn().context("could not start `git`")?;
         let since = Instant::now();
+        // Its files are beside it.
+        let written = repository.and_then(Path::parent);
+        let mut looked = since;
         let status = loop {
-            if let Some(status) = child.try_wait()? {
-                break status;
-            }
+            let ended = child.try_wait()?;
+            let mut bound = None;
             if since.elapsed() > LONGEST {
-                if let Ok(pid) = i32::try_from(child.id()) {
+                bound = Some(format!(
+                    "git took more than {} minutes",
+                    LONGEST.as_secs() / 60
+                ));
+            } else if ended.is_some() || looked.elapsed() > BETWEEN_LOOKS {
+                looked = Instant::now();
+                if written.is_some_and(|folder| cache::size(folder) > cache::MOST_OF_ONE) {
+                    let most = crate::engine::Bytes(cache::MOST_OF_ONE);
+                    bound = Some(format!("the repository has more than {most}"));
+                }
+            }
+            if let Some(bound) = bound {
+                if ended.is_none()
+                    && let Ok(pid) = i32::try_from(child.id())
+                {
                     // It may have ended by itself.
                     let _ = killpg(Pid::from_raw(pid), Signal::SIGKILL);
                 }
                 let _ = child.wait();
-                bail!("git took more than {} minutes", LONGEST.as_secs() / 60);
+                bail!(bound);
+            }
+            if let Some(status) = ended {
+                break status;
             }
             std::thread::sleep(TICK);
         };
@@ -251,11 +278,4 @@ fn read(mut file: fs::File) -> anyhow::Result<String> {
     let mut bytes = Vec::new();
     file.take(MOST_PRINTED).read_to_end(&mut bytes)?;
     Ok(String::from_utf8_lossy(&bytes).into_owned())
-}
-
-fn is_commit(text: &str) -> bool {
-    text.len() == 40
-        && text
-            .bytes()
-            .all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f'))
 }

@@ -153,7 +153,11 @@ impl Executor for ChildProcess {
             match received.recv_timeout(TICK) {
                 Ok(Event::WorkStarted { version, pipeline }) => check_version(version, &pipeline)?,
                 Ok(Event::WorkDone { notes, written }) => {
-                    outcome = Some(Ok(TaskResult { notes, written }));
+                    outcome = Some(Ok(TaskResult {
+                        notes,
+                        written,
+                        content: None,
+                    }));
                 }
                 // Of several processes the first one that failed says why.
                 Ok(Event::WorkFailed { .. }) if outcome.is_some() => {}

@@ -77,6 +77,7 @@ pub(in crate::engine) fn run_task(
             .written
             .into_inner()
             .unwrap_or_else(PoisonError::into_inner),
+        content: None,
     })
 }
 

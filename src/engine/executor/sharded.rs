@@ -15,7 +15,7 @@ use super::super::part::{Part, Shard};
 use super::super::stage_events::StageEvents;
 use super::super::task::Task;
 use super::TaskResult;
-use super::slurm::folder_of;
+use super::slurm::{folder_of, store_of};
 
 /// How a task is run.
 type Execute<'a> =
@@ -68,7 +68,7 @@ pub(in crate::engine) fn execute(
         events,
         control,
     };
-    let results: Vec<anyhow::Result<()>> = std::thread::scope(|scope| {
+    let results: Vec<anyhow::Result<TaskResult>> = std::thread::scope(|scope| {
         let all = &all;
         let start =
             |number| std::thread::Builder::new().spawn_scoped(scope, move || all.run(number));
@@ -79,9 +79,15 @@ pub(in crate::engine) fn execute(
         });
         ends.collect()
     });
-    results.into_iter().collect::<anyhow::Result<()>>()?;
+    let results = results.into_iter().collect::<anyhow::Result<Vec<_>>>()?;
     control.check()?;
-    let folders = all.tasks.into_iter().map(|task| task.out).collect();
+    let artifacts = store_of(task).join("artifacts");
+    let made = all.tasks.into_iter().zip(results);
+    let folders = made.map(|(task, result)| match result.content {
+        Some(content) => artifacts.join(content).into_os_string(),
+        None => task.out,
+    });
+    let folders = folders.collect();
     let join = Task {
         part: Part::Joined(folders),
         ..task.clone()
@@ -103,7 +109,7 @@ struct Shards<'a> {
 
 impl Shards<'_> {
     /// Runs a shard; if it fails, those behind it are stopped.
-    fn run(&self, number: usize) -> anyhow::Result<()> {
+    fn run(&self, number: usize) -> anyhow::Result<TaskResult> {
         let (sender, received) = channel();
         let own = Arc::new(StageEvents::new(sender));
         let control = self.control.or(Arc::clone(&self.stops[number]));
@@ -123,7 +129,7 @@ impl Shards<'_> {
                 later.store(true, Ordering::Relaxed);
             }
         }
-        done.map(|_| ())
+        done
     }
 }
 

@@ -4,38 +4,47 @@
 //! tell a job that will leave no result from one that is still to come, and to say why. The runner holds the lock of the result all
 //! the time; the job needs no lock. Where the runner goes away, the next one takes the lock, finds the job's folder, and joins the job
 //! instead of submitting another.
+//!
+//! On nodes that don't see the store a job works in one of its own; what it reads, tells and makes goes through the remote (`away`), and is
+//! brought into its folder here. Jobs that are alike and ready together are one array (`submit`).
 
+mod away;
 mod client;
+mod explain;
 mod follow;
+mod gather;
 mod queue;
 mod script;
 mod settings;
+mod submit;
 
+use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::time::{Duration, Instant};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use anyhow::{Context as _, anyhow, bail};
 
 use super::super::control::Control;
 use super::super::event::{Event, Level};
-use super::super::files::write_atomically;
-use super::super::job::{ENVIRONMENT, JobFolder, LOG, SCRIPT, Submitted};
+use super::super::job::{JobFolder, JobResult, Submitted};
 use super::super::stage_events::StageEvents;
 use super::super::task::Task;
 use super::super::{Handling, RunEnv};
 use super::{Executor, TaskResult};
-use client::{Client, Trouble};
+pub use away::Away;
+use away::Mirror;
+use client::{Client, JobId, Trouble};
+pub use explain::explain_to_slurm;
+use gather::Gathering;
 use queue::Queue;
+use script::Place;
 pub use settings::SlurmSettings;
 
-/// How long a submission is tried while no controller answers.
-const LONGEST_SILENCE: Duration = Duration::from_mins(15);
-/// The pause between two tries to submit; each is longer by half, up to [`LONGEST_PAUSE`].
+/// The pause between two questions while no controller answers.
 const PAUSE: Duration = Duration::from_secs(1);
-const LONGEST_PAUSE: Duration = Duration::from_secs(30);
 
 /// The jobs of a run that are submitted, and what becomes of them when the run is interrupted.
 #[derive(Debug, Default)]
@@ -60,6 +69,33 @@ impl Jobs {
     }
 }
 
+/// What jobs have in common that can be elements of one array: what they are called, the options of `sbatch`, and the environment that it
+/// hands on.
+type Like = (String, Vec<String>, BTreeMap<String, String>);
+
+/// What came of a submission.
+type Answer = Result<JobId, NotPlaced>;
+
+/// A job to be submitted.
+#[derive(Clone)]
+struct Order {
+    stage: String,
+    folder: JobFolder,
+    options: Vec<String>,
+    place: Place,
+    /// The environment that `sbatch` hands on, where no file can be read that has it.
+    environment: Option<BTreeMap<String, String>>,
+}
+
+/// Why a job was not submitted.
+#[derive(Debug, Clone)]
+enum NotPlaced {
+    /// The run was told to stop.
+    Stopped,
+    /// Slurm would not have it.
+    Refused(String),
+}
+
 /// Everything about a cluster that does not depend on a stage.
 pub struct Cluster {
     /// The name of the executor.
@@ -72,6 +108,10 @@ pub struct Cluster {
     pub recipe: String,
     /// Variables to be kept from Slurm's programs.
     pub unset: Vec<OsString>,
+    /// Variables of this process that are none of Slurm's settings.
+    pub private: Vec<OsString>,
+    /// The remote for nodes that don't see the store, if there is one.
+    pub away: Option<Away>,
 }
 
 /// Runs tasks as jobs of a Slurm cluster.
@@ -81,12 +121,15 @@ pub(in crate::engine) struct Slurm {
     jobs: Arc<Jobs>,
     client: Client,
     queue: Queue,
+    gathering: Gathering<Like, Order, Answer>,
 }
 
 /// A job that was submitted.
 struct Job {
     folder: JobFolder,
-    id: u64,
+    id: JobId,
+    /// What comes of it by the remote, if its node does not see its folder.
+    mirror: Option<Mutex<Mirror>>,
 }
 
 impl Executor for Slurm {
@@ -97,10 +140,15 @@ impl Executor for Slurm {
         control: &Control,
     ) -> anyhow::Result<TaskResult> {
         let folder = JobFolder::create(&folder_of(task))?;
-        let job = match self.submit(folder.clone(), task, events, control) {
+        let submitted = self.submit(&folder, task, events, control);
+        let job = submitted.and_then(|id| self.job(folder.clone(), id));
+        let job = match job {
             Ok(job) => job,
             Err(error) => {
                 // What is left of it is nobody's.
+                if let Some(mirror) = self.mirror(&folder) {
+                    mirror.clear();
+                }
                 let _ = folder.retire();
                 folder.discard();
                 return Err(error);
@@ -113,14 +161,35 @@ impl Executor for Slurm {
 impl Slurm {
     /// An executor for this cluster.
     pub(super) fn new(mut cluster: Cluster, env: Arc<RunEnv>, jobs: Arc<Jobs>) -> Self {
-        let client = Client::new(std::mem::take(&mut cluster.unset));
+        let (unset, private) = (&mut cluster.unset, &mut cluster.private);
+        let client = Client::new(std::mem::take(unset), std::mem::take(private));
         Self {
             cluster,
             env,
             jobs,
             client,
             queue: Queue::default(),
+            gathering: Gathering::default(),
         }
+    }
+
+    /// The remote, if nodes don't see the store.
+    fn away(&self) -> Option<&Away> {
+        let away = self.cluster.away.as_ref();
+        away.filter(|_| !self.cluster.settings.is_shared())
+    }
+
+    fn mirror(&self, folder: &JobFolder) -> Option<Mirror> {
+        self.away()?.mirror(folder).ok()
+    }
+
+    fn job(&self, folder: JobFolder, id: JobId) -> anyhow::Result<Job> {
+        let mirror = self.away().map(|away| away.mirror(&folder)).transpose()?;
+        Ok(Job {
+            folder,
+            id,
+            mirror: mirror.map(Mutex::new),
+        })
     }
 
     /// The most jobs of a run that may be in the queue.
@@ -131,12 +200,24 @@ impl Slurm {
     /// An error if the cluster would never take the jobs of a stage that is handled like this. A controller that does not answer is none:
     /// the submission itself waits for it.
     pub(super) fn check(&self, stage: &str, handling: &Handling) -> anyhow::Result<()> {
+        let name = &self.cluster.name;
+        if !self.cluster.settings.is_shared() && !self.away().is_some_and(Away::is_of_use) {
+            let without = if self.away().is_some() {
+                "results are not both taken from the remote and given to it"
+            } else {
+                "there is no remote"
+            };
+            bail!(
+                "the executor `{name}` is not `shared`, so that what `{stage}` reads and makes has to go through a remote, and {without}; \
+                 hint: name one that can be read and written, by `--remote`, PIPELINE_REMOTE or `remote:` in pipeline.config.yaml, and \
+                 leave out `--no-pull` and `--no-push`"
+            );
+        }
         let options = self.options_of(handling);
         let mut arguments: Vec<OsString> = options.into_iter().map(OsString::from).collect();
         arguments.extend(["--export=NIL", "--wrap=true"].map(OsString::from));
         match self.client.test(&arguments) {
             Err(Trouble::Refused(text)) => {
-                let name = &self.cluster.name;
                 let mut hint = format!("see `executors.{name}.slurm` in pipeline.config.yaml");
                 let partitions = self.client.partitions();
                 if text.contains("partition") && !partitions.is_empty() {
@@ -154,115 +235,26 @@ impl Slurm {
         settings.options(&handling.resources, handling.timeout)
     }
 
-    /// Submits a job, trying until Slurm takes it.
-    fn submit(
-        &self,
-        folder: JobFolder,
-        task: &Task,
-        events: &Arc<StageEvents>,
-        control: &Control,
-    ) -> anyhow::Result<Job> {
-        let name = self.job_name(task, &folder);
-        let submitted = |id| Submitted {
-            executor: self.cluster.name.clone(),
-            id,
-            name: name.clone(),
-        };
-        let path = folder.path();
-        let environment = script::environment(task, &self.env, &self.cluster.settings.env);
-        folder.write_private(ENVIRONMENT, &environment)?;
-        let script = script::script(path, &self.cluster.program, &task.stage);
-        folder.write_private(SCRIPT, &script)?;
-        note_scratch(task);
-        // From here on a runner that comes after this one looks for the job by its name.
-        folder.write_submitted(&submitted(None))?;
-        folder.write_task(task)?;
-        let fixed = ["--parsable", "--export=NIL", "--open-mode=append"];
-        let mut arguments: Vec<OsString> = fixed.map(OsString::from).into();
-        arguments.push(format!("--job-name={name}").into());
-        arguments.push(format!("--output={LOG}").into());
-        let mut chdir = OsString::from("--chdir=");
-        chdir.push(path);
-        arguments.push(chdir);
-        let options = (self.cluster.settings).options(&task.resources, task.timeout);
-        arguments.extend(options.into_iter().map(OsString::from));
-        arguments.push(path.join(SCRIPT).into_os_string());
-        let mut silence: Option<Instant> = None;
-        let mut told = false;
-        let mut pause = PAUSE;
-        let id = loop {
-            // What waits to be submitted takes none of its time.
-            control.restart();
-            let trouble = match control.check() {
-                Ok(()) => self.client.submit(&arguments, control),
-                Err(_) => Err(Trouble::Stopped),
-            };
-            let trouble = match trouble {
-                Ok(id) => break id,
-                Err(Trouble::Stopped) => {
-                    self.take_back(&name);
-                    control.check()?;
-                    bail!("interrupted");
-                }
-                Err(trouble) => trouble,
-            };
-            if !trouble.passes() {
-                bail!(
-                    "the executor `{}` did not take its job: {trouble}",
-                    self.cluster.name
-                );
+    /// Brings what a job told and made, if its node does not see its folder. `over`: it may be all by now.
+    fn bring(&self, job: &Job, task: &Task, control: &Control, over: bool) {
+        if let (Some(away), Some(mirror)) = (self.away(), &job.mirror) {
+            let mut mirror = mirror.lock().unwrap_or_else(PoisonError::into_inner);
+            if over {
+                mirror.hurry();
             }
-            if matches!(trouble, Trouble::Away(_)) {
-                let since = *silence.get_or_insert_with(Instant::now);
-                if since.elapsed() > LONGEST_SILENCE {
-                    bail!(
-                        "the executor `{}` did not take its job: {trouble}",
-                        self.cluster.name
-                    );
-                }
-            } else {
-                silence = None;
-            }
-            if !std::mem::replace(&mut told, true) {
-                let name = &self.cluster.name;
-                tell(task, events, format!("`{name}`: {trouble}; trying again"));
-            }
-            let until = Instant::now() + pause;
-            while Instant::now() < until && control.check().is_ok() {
-                std::thread::sleep(Duration::from_millis(50));
-            }
-            pause = (pause * 3 / 2).min(LONGEST_PAUSE);
-            // The answer may have been lost, and not the question.
-            if let Ok(Some(id)) = self.client.find(&name) {
-                break id;
-            }
-        };
-        folder.write_submitted(&submitted(Some(id)))?;
-        Ok(Job { folder, id })
-    }
-
-    /// Cancels a job that may have been submitted, or not.
-    fn take_back(&self, name: &str) {
-        if let Ok(Some(id)) = self.client.find(name) {
-            // Without its task it would do nothing.
-            let _ = self.client.cancel(id);
+            mirror.look(away, &job.folder, &task.stage, control);
         }
     }
 
-    /// The name in Slurm's lists: recipe, stage, and what no other job has.
-    fn job_name(&self, task: &Task, folder: &JobFolder) -> String {
-        let plain = |text: &str| -> String {
-            let safe = |c: char| {
-                if c.is_ascii_alphanumeric() || matches!(c, '_' | '-' | '=') {
-                    c
-                } else {
-                    '_'
-                }
-            };
-            text.chars().take(60).map(safe).collect()
-        };
-        let (recipe, stage) = (plain(&self.cluster.recipe), plain(&task.stage));
-        format!("{recipe}.{stage}.{}", folder.name())
+    /// How a job ended, if it came to an end by itself.
+    fn result(
+        &self,
+        job: &Job,
+        task: &Task,
+        control: &Control,
+    ) -> anyhow::Result<Option<JobResult>> {
+        self.bring(job, task, control, true);
+        job.folder.result()
     }
 
     /// Joins the job of an earlier run that works on this task, or takes its result if it is done meanwhile. None if there is no such job
@@ -275,11 +267,17 @@ impl Slurm {
         control: &Control,
     ) -> anyhow::Result<Option<TaskResult>> {
         let submitted = folder.submitted();
-        let Some(id) = self.id_of(submitted.as_ref(), &folder, task, events, control)? else {
-            Self::settle(&folder, task, folder.last_start(), true);
+        let unknown = JobId {
+            job: 0,
+            element: None,
+        };
+        let mut job = self.job(folder, unknown)?;
+        let Some(id) = self.id_of(submitted.as_ref(), &job, task, events, control)? else {
+            let start = job.folder.last_start();
+            Self::settle(&job, task, start, true);
             return Ok(None);
         };
-        let job = Job { folder, id };
+        job.id = id;
         if !is_for(&job.folder, task) {
             tell(
                 task,
@@ -315,11 +313,11 @@ impl Slurm {
     fn id_of(
         &self,
         submitted: Option<&Submitted>,
-        folder: &JobFolder,
+        job: &Job,
         task: &Task,
         events: &Arc<StageEvents>,
         control: &Control,
-    ) -> anyhow::Result<Option<u64>> {
+    ) -> anyhow::Result<Option<JobId>> {
         let Some(submitted) = submitted else {
             return Ok(None);
         };
@@ -331,15 +329,17 @@ impl Slurm {
                 Some(id) => Ok(Some(id)),
                 None => self.client.find(&submitted.name),
             };
-            let state = found.and_then(|id| match id {
-                Some(id) => Ok(self.client.states(&[id])?.pop()),
+            let element = submitted.element;
+            let id = |job| JobId { job, element };
+            let state = found.and_then(|found| match found.map(id) {
+                Some(id) => Ok(self.client.state(id)?.map(|state| (id, state))),
                 None => Ok(None),
             });
             match state {
                 Ok(state) => {
                     // Asked first: a job may end between the two questions.
-                    if folder.result()?.is_some() {
-                        return Ok(Some(submitted.id.unwrap_or_default()));
+                    if self.result(job, task, control)?.is_some() {
+                        return Ok(Some(id(submitted.id.unwrap_or_default())));
                     }
                     return Ok(state
                         .filter(|(_, state)| !state.is_over())
@@ -363,7 +363,12 @@ impl Slurm {
 
     /// Puts away what a job that is over left: its scratch folder where the next attempt looks for it.
     /// `alive`: processes of it may still write there, on a node that nobody hears of.
-    fn settle(folder: &JobFolder, task: &Task, start: u32, alive: bool) {
+    fn settle(job: &Job, task: &Task, start: u32, alive: bool) {
+        let folder = &job.folder;
+        if let Some(mirror) = &job.mirror {
+            let mirror = mirror.lock().unwrap_or_else(PoisonError::into_inner);
+            mirror.clear();
+        }
         // If one of these fails, the next attempt begins from nothing, which costs time only.
         let _ = folder.retire();
         let _ = folder.give_back_scratch(start, &task.scratch, alive);
@@ -383,18 +388,15 @@ fn tell(task: &Task, events: &Arc<StageEvents>, text: String) {
 /// The folder for jobs of a task: beside the one with scratch folders, under the same name.
 pub(super) fn folder_of(task: &Task) -> PathBuf {
     let scratch = Path::new(&task.scratch);
-    let store = scratch.parent().and_then(Path::parent).unwrap_or(scratch);
-    store
+    store_of(task)
         .join("jobs")
         .join(scratch.file_name().unwrap_or_default())
 }
 
-/// Writes beside the scratch folder whose it is, for `gc`.
-fn note_scratch(task: &Task) {
-    let note = Path::new(&task.scratch).with_extension("json");
-    if !task.scratch_note.is_empty() && !note.exists() {
-        let _ = write_atomically(&note, &task.scratch_note);
-    }
+/// The folder of the store in which a task's scratch folder is.
+pub(super) fn store_of(task: &Task) -> &Path {
+    let scratch = Path::new(&task.scratch);
+    scratch.parent().and_then(Path::parent).unwrap_or(scratch)
 }
 
 /// Whether the job of an earlier run does what this task asks for: it reads the same files, which were not touched meanwhile, and starts

@@ -15,6 +15,7 @@ use super::Remote;
 pub(super) const RECORDS: &str = "v1/records";
 pub(super) const MANIFESTS: &str = "v1/manifests";
 pub(super) const BLOBS: &str = "v1/blobs";
+pub(super) const JOBS: &str = "v1/jobs";
 
 pub(super) fn record_key(fingerprint: &str) -> String {
     format!("{RECORDS}/{fingerprint}.json")

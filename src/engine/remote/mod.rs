@@ -4,6 +4,7 @@
 //! v1/blobs/<2 digits>/<blake3>    the contents of one file
 //! v1/manifests/<content>.json     the files of an artifact: path to digest and size
 //! v1/records/<fingerprint>.json   published last, and only if nobody else has
+//! v1/jobs/<job>/                  what a runner and a job on a node without the store tell each other, until it is over
 //! ```
 //!
 //! A remote is a dumb [`Remote`]: named objects. Everything that comes from it is checked here against the digest that names it
@@ -11,6 +12,7 @@
 
 mod bookkeeping;
 mod fetch;
+mod jobs;
 mod layout;
 mod pull;
 mod push;
@@ -22,6 +24,7 @@ mod upkeep;
 use std::io::Read;
 use std::time::SystemTime;
 
+pub(in crate::engine) use jobs::{LONGEST_TASK, Mailbox, TASK};
 pub(crate) use layout::is_unfinished;
 pub use layout::{parse_manifest, parse_record};
 pub use push::Sent;

@@ -39,7 +39,7 @@ const HUGE: u64 = 64 << 20;
 const TRIES: usize = 3;
 
 /// Why an artifact could not be downloaded.
-enum Trouble {
+pub(super) enum Trouble {
     /// What is there is not what it should be, or not all of it: another result has to do.
     Damaged {
         digest: Digest,
@@ -49,6 +49,14 @@ enum Trouble {
     Unreachable(anyhow::Error),
     /// A local problem: a full disk, an interruption.
     Here(anyhow::Error),
+}
+
+impl Trouble {
+    /// What it is, in words.
+    pub(super) fn in_words(&self) -> String {
+        let (Self::Damaged { error, .. } | Self::Unreachable(error) | Self::Here(error)) = self;
+        format!("{error:#}")
+    }
 }
 
 impl Shared {
@@ -65,7 +73,7 @@ impl Shared {
         let Some(record) = self.offer(store, fingerprint, known.as_ref())? else {
             return Ok(None);
         };
-        if let Err(trouble) = self.pull(store, &record, (stage, events), cancel) {
+        if let Err(trouble) = self.pull(store, &record.artifact, (stage, events), cancel) {
             if !cancel.load(Ordering::Relaxed) {
                 self.tell(stage, &record.artifact, trouble);
             }
@@ -94,14 +102,14 @@ impl Shared {
         }
     }
 
-    fn pull(
+    /// Makes an artifact whole here.
+    pub(super) fn pull(
         &self,
         store: &Store,
-        record: &Record,
+        content: &str,
         (stage, events): (&str, &Sender<Event>),
         cancel: &AtomicBool,
     ) -> Result<(), Trouble> {
-        let content = &record.artifact;
         // Two runners that want the same files: the second finds them.
         let waiting = &mut |holder: &str| {
             // A reporter that is gone misses nothing else.
@@ -121,7 +129,7 @@ impl Shared {
             return Err(Trouble::Here(error));
         };
         let damaged = |error| Trouble::Damaged {
-            digest: content.clone(),
+            digest: content.to_owned(),
             error,
         };
         let manifest = get(remote.as_ref(), &manifest_key(content))
@@ -166,7 +174,7 @@ impl Shared {
         // A reporter that is gone misses nothing else.
         let _ = events.send(Event::StageFetched {
             stage: stage.to_owned(),
-            artifact: content.clone(),
+            artifact: content.to_owned(),
             files: arrival.files.into_inner(),
             bytes: arrival.fetched.into_inner(),
         });

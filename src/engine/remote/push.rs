@@ -102,6 +102,28 @@ impl Shared {
     }
 }
 
+impl Shared {
+    /// Sends the files of an artifact that lie below a folder, as far as the remote lacks them. No record names them.
+    pub(super) fn send_artifact(
+        &self,
+        folder: PathBuf,
+        content: &str,
+        manifest: &Manifest,
+        cancel: &AtomicBool,
+    ) -> anyhow::Result<()> {
+        let remote = self.remote.as_ref().context("there is no remote")?.as_ref();
+        let departure = Departure {
+            shared: self,
+            remote,
+            folder,
+            cancel,
+            files: AtomicUsize::new(0),
+            bytes: AtomicU64::new(0),
+        };
+        departure.artifact(content, manifest, false)
+    }
+}
+
 struct Departure<'a> {
     shared: &'a Shared,
     remote: &'a dyn Remote,

@@ -29,6 +29,8 @@ pub struct Settings {
 pub struct Shared {
     pub(super) remote: Option<Arc<dyn Remote>>,
     settings: Settings,
+    /// The variables of the environment by which another process finds the remote.
+    variables: BTreeMap<String, String>,
     state: Mutex<State>,
 }
 
@@ -64,6 +66,7 @@ impl Shared {
                 push: false,
                 required: false,
             },
+            variables: BTreeMap::new(),
             state: Mutex::default(),
         }
     }
@@ -73,8 +76,22 @@ impl Shared {
         Self {
             remote: Some(remote),
             settings,
+            variables: BTreeMap::new(),
             state: Mutex::default(),
         }
+    }
+
+    /// The same, which other processes find by these variables of their environment.
+    #[must_use]
+    pub fn found_by(self, variables: BTreeMap<String, String>) -> Self {
+        Self { variables, ..self }
+    }
+
+    /// The same remote for jobs on other machines, with the variables by which they find it; none without a remote.
+    pub fn for_jobs(&self) -> Option<(Self, BTreeMap<String, String>)> {
+        let remote = self.remote.as_ref()?;
+        let shared = Self::new(Arc::clone(remote), self.settings);
+        Some((shared, self.variables.clone()))
     }
 
     /// A remote that could not even be opened: the same as one that does not answer.
@@ -125,6 +142,11 @@ impl Shared {
         if self.state().unreachable.replace(why.clone()).is_none() && !self.settings.required {
             self.warn(&format!("{why}; going on without it"));
         }
+    }
+
+    /// Asks it again, whatever became of the last question.
+    pub(super) fn forget_silence(&self) {
+        self.state().unreachable = None;
     }
 
     /// The remote could not be written: nothing more is sent in this run, and that is said once.

@@ -10,6 +10,7 @@ use serde::Serialize;
 use super::super::canonical::Digest;
 use super::super::manifest::Manifest;
 use super::super::record::Record;
+use super::jobs::{awaited, forgotten};
 use super::layout::{
     BLOBS, MANIFESTS, RECORDS, blob_key, digest_of, get, manifest_key, parse_manifest,
     parse_record, record_key,
@@ -19,6 +20,8 @@ use super::{Object, Remote, Shared};
 
 /// How long files without a record are kept, since they may belong to an upload in progress.
 const GRACE: Duration = Duration::from_hours(24);
+/// How long what a job was told, or told, is kept: it may wait in a queue for that long.
+const OF_JOBS: Duration = Duration::from_hours(24 * 30);
 
 /// A result in a remote.
 #[derive(Debug, Clone, Serialize)]
@@ -44,7 +47,8 @@ pub struct Listed {
 /// An object that can be removed.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Waste {
-    /// What it is: `record`, `manifest`, `file` or `unfinished` (what a writer that was killed left).
+    /// What it is: `record`, `manifest`, `file`, `job` (what a job of a cluster told that nobody came back to) or `unfinished` (what a
+    /// writer that was killed left).
     pub what: &'static str,
     /// The object.
     pub object: Object,
@@ -125,8 +129,10 @@ impl Shared {
             .filter_map(|record| Some(record.ok()?.artifact))
             .collect();
         let all = remote.list(MANIFESTS)?;
+        let awaited = awaited(remote, OF_JOBS)?;
         let spared = |object: &Object| {
-            digest_of(&object.key).is_some_and(|digest| kept.contains(digest))
+            digest_of(&object.key)
+                .is_some_and(|digest| kept.contains(digest) || awaited.contains(digest))
                 || !old(object, GRACE)
         };
         let (kept, unused): (Vec<_>, Vec<_>) = all.into_iter().partition(spared);
@@ -148,10 +154,11 @@ impl Shared {
             .map(named("record"))
             .chain(unused.into_iter().map(named("manifest")))
             .chain(loose.map(named("file")))
+            .chain(forgotten(remote, OF_JOBS)?.into_iter().map(named("job")))
             .chain(unfinished.map(named("unfinished")))
             .collect();
         if remove_it {
-            for what in ["record", "manifest", "file"] {
+            for what in ["record", "manifest", "file", "job"] {
                 let keys = waste.iter().filter(|waste| waste.what == what);
                 let keys: Vec<_> = keys.map(|waste| waste.object.key.clone()).collect();
                 remote.delete(&keys)?;

@@ -264,6 +264,49 @@ impl Cluster {
         self.run("slurmd", &["-N", &format!("n{node}"), "-c"]);
     }
 
+    /// Keeps the nodes from seeing a folder: where it is they see an empty one that nobody can write. False where the system does not allow that.
+    pub(crate) fn hide(&self, folder: &Path) -> bool {
+        let allowed = self
+            .command("unshare", &["--mount", "true"])
+            .output()
+            .unwrap();
+        if !allowed.status.success() {
+            eprintln!("not tested: no node can be kept from seeing a folder here");
+            return false;
+        }
+        for node in 1..=self.nodes {
+            Self::end(&self.path(&format!("slurmd-n{node}.pid")), Signal::SIGTERM);
+            let script = "mount -t tmpfs -o ro,size=4k none \"$1\" && exec slurmd -N \"$2\" -c";
+            let (folder, node) = (folder.to_str().unwrap(), format!("n{node}"));
+            self.run(
+                "unshare",
+                &["--mount", "sh", "-c", script, "sh", folder, &node],
+            );
+        }
+        self.wait_until("all nodes are there again", || {
+            let idle = self.told("sinfo", &["-h", "-N", "-t", "idle", "-o", "%N"]);
+            idle.split_whitespace().collect::<BTreeSet<_>>().len() == self.nodes
+        });
+        true
+    }
+
+    /// A variable of the environment of the job's process that has this word among its arguments.
+    pub(crate) fn environment_of(&self, word: &str, variable: &str) -> String {
+        let processes = self.processes();
+        let start = format!("{variable}=");
+        let found = processes.iter().find_map(|pid| {
+            let line = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+            if !String::from_utf8_lossy(&line).contains(word) {
+                return None;
+            }
+            let environment = fs::read(format!("/proc/{pid}/environ")).unwrap_or_default();
+            let environment = String::from_utf8_lossy(&environment).into_owned();
+            let mut variables = environment.split('\0');
+            variables.find_map(|text| text.strip_prefix(&start).map(str::to_owned))
+        });
+        found.unwrap()
+    }
+
     /// Kills the daemon of a node; the jobs on it go on, and nobody hears of them. The controller is told that the node is lost.
     pub(crate) fn lose_node(&self, node: &str) {
         Self::end(&self.path(&format!("slurmd-{node}.pid")), Signal::SIGKILL);
@@ -365,6 +408,28 @@ impl Cluster {
             String::from_utf8_lossy(&line).contains(word)
         };
         self.processes().iter().filter(has).count()
+    }
+}
+
+#[cfg(feature = "mpi")]
+impl Cluster {
+    /// Kills the last of the cluster's processes that have this word among their arguments and were not started by one that has it, too; gives
+    /// their number.
+    pub(crate) fn kill_one_of(&self, word: &str) -> usize {
+        let has = |pid: i32| {
+            let name = fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
+            let line = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+            !name.starts_with("srun") && String::from_utf8_lossy(&line).contains(word)
+        };
+        let all = self.processes();
+        let own = all
+            .into_iter()
+            .filter(|pid| has(pid.as_raw()) && !has(parent(pid.as_raw())));
+        let own: Vec<Pid> = own.collect();
+        if let Some(last) = own.last() {
+            kill(*last, Signal::SIGKILL).unwrap();
+        }
+        own.len()
     }
 }
 

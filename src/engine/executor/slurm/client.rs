@@ -1,8 +1,11 @@
 //! Slurm's own programs: how they are called, and what their answers mean.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::{OsStr, OsString};
+use std::fmt::{self, Display};
 use std::io::{ErrorKind, Read};
 use std::process::{Child, Command, Stdio};
+use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
 use super::super::super::Control;
@@ -14,6 +17,39 @@ const PATIENCE: Duration = Duration::from_secs(30);
 const TICK: Duration = Duration::from_millis(10);
 /// The most bytes of an answer.
 const LONGEST: u64 = 64 << 20;
+
+/// The largest array where Slurm does not say it: its default, `MaxArraySize=1001`.
+const LARGEST_ARRAY: usize = 1001;
+
+/// The number of a job, or of one element of an array of jobs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) struct JobId {
+    /// The job's, or the array's.
+    pub(super) job: u64,
+    /// The element of the array.
+    pub(super) element: Option<u32>,
+}
+
+impl Display for JobId {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.element {
+            Some(element) => write!(formatter, "{}_{element}", self.job),
+            None => write!(formatter, "{}", self.job),
+        }
+    }
+}
+
+impl JobId {
+    /// Reads what Slurm's programs print.
+    fn parse(text: &str) -> Option<Self> {
+        let (job, element) = match text.split_once('_') {
+            Some((job, element)) => (job, Some(element.parse().ok()?)),
+            None => (text, None),
+        };
+        let job = job.parse().ok()?;
+        Some(Self { job, element })
+    }
+}
 
 /// Why Slurm did not do what it was asked.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -48,6 +84,8 @@ pub(super) struct JobState {
     pub(super) reason: String,
     /// The nodes it has, or had.
     pub(super) nodes: String,
+    /// What it says of itself, or others of it; a job that shares no folder with the runner tells in this way why it did not start.
+    pub(super) comment: String,
 }
 
 impl JobState {
@@ -86,17 +124,39 @@ impl JobState {
 pub(super) struct Client {
     /// Variables of the job that the runner itself may be in, which would be taken for settings of new jobs.
     unset: Vec<OsString>,
+    /// Variables that a job does not get whose environment is that of `sbatch`.
+    private: Vec<OsString>,
+    largest_array: OnceLock<usize>,
+}
+
+/// The environment of one of Slurm's programs.
+enum Surroundings<'a> {
+    /// That of the runner, without what belongs to the job that it may be in.
+    Own,
+    /// Slurm's settings and these variables, and no other.
+    Job(&'a BTreeMap<String, String>),
 }
 
 impl Client {
-    /// Without these variables of the environment.
-    pub(super) fn new(unset: Vec<OsString>) -> Self {
-        Self { unset }
+    /// Without these variables of the environment. Those in `private` are kept from jobs that get the environment of `sbatch`, too.
+    pub(super) fn new(unset: Vec<OsString>, private: Vec<OsString>) -> Self {
+        Self {
+            unset,
+            private,
+            largest_array: OnceLock::new(),
+        }
     }
 
-    /// Submits a script, and gives the job's number.
-    pub(super) fn submit(&self, arguments: &[OsString], control: &Control) -> Result<u64, Trouble> {
-        let answer = self.call("sbatch", arguments, Some(control))?;
+    /// Submits a script, and gives the number of the job, or of the array. With `environment` the job gets those variables from `sbatch`
+    /// itself.
+    pub(super) fn submit(
+        &self,
+        arguments: &[OsString],
+        environment: Option<&BTreeMap<String, String>>,
+        control: &Control,
+    ) -> Result<u64, Trouble> {
+        let surroundings = environment.map_or(Surroundings::Own, Surroundings::Job);
+        let answer = self.call_in(&surroundings, "sbatch", arguments, Some(control))?;
         // With several clusters the name of one stands behind it.
         let number = answer.trim().split(';').next().unwrap_or_default();
         number.parse().map_err(|_| {
@@ -124,21 +184,48 @@ impl Client {
         names
     }
 
-    /// What Slurm says of these jobs; those that it knows nothing of are left out.
-    pub(super) fn states(&self, jobs: &[u64]) -> Result<Vec<(u64, JobState)>, Trouble> {
+    /// The most elements that an array of jobs may have.
+    pub(super) fn largest_array(&self) -> usize {
+        *self.largest_array.get_or_init(|| {
+            let told = self.call("scontrol", &["show", "config"], None);
+            let told = told.unwrap_or_default();
+            let line = told.lines().find(|line| line.starts_with("MaxArraySize"));
+            let size = line.and_then(|line| line.split_once('=')?.1.trim().parse().ok());
+            // It is one more than the largest number of an element. 0 means that there are no arrays.
+            size.unwrap_or(LARGEST_ARRAY).max(1)
+        })
+    }
+
+    /// What Slurm says of a job.
+    pub(super) fn state(&self, id: JobId) -> Result<Option<JobState>, Trouble> {
+        let found = self.list(&format!("--jobs={id}"))?;
+        let own = found.into_iter().find(|(found, _)| *found == id);
+        Ok(own.map(|(_, state)| state))
+    }
+
+    /// What Slurm says of these jobs; those that it knows nothing of are left out, and others of their arrays may be there.
+    pub(super) fn states(&self, jobs: &BTreeSet<JobId>) -> Result<Vec<(JobId, JobState)>, Trouble> {
+        // Of an array all at once: a thousand elements are more than a command line should have.
+        let jobs: BTreeSet<u64> = jobs.iter().map(|id| id.job).collect();
         let jobs: Vec<String> = jobs.iter().map(u64::to_string).collect();
         self.list(&format!("--jobs={}", jobs.join(",")))
     }
 
-    /// The number of the job with this name, if Slurm knows one.
+    /// The number of the job or the array with this name, if Slurm knows one.
     pub(super) fn find(&self, name: &str) -> Result<Option<u64>, Trouble> {
         let found = self.list(&format!("--name={name}"))?;
-        Ok(found.into_iter().map(|(id, _)| id).max())
+        Ok(found.into_iter().map(|(id, _)| id.job).max())
     }
 
-    fn list(&self, which: &str) -> Result<Vec<(u64, JobState)>, Trouble> {
-        let arguments =
-            ["--noheader", "--states=all", "--format=%i|%T|%r|%N", which].map(OsString::from);
+    fn list(&self, which: &str) -> Result<Vec<(JobId, JobState)>, Trouble> {
+        let arguments = [
+            "--noheader",
+            "--array",
+            "--states=all",
+            "--format=%i|%T|%r|%N|%k",
+            which,
+        ]
+        .map(OsString::from);
         match self.call("squeue", &arguments, None) {
             Ok(answer) => Ok(answer.lines().filter_map(job).collect()),
             // It says so of a single job, and leaves an unknown one out of several.
@@ -147,8 +234,8 @@ impl Client {
         }
     }
 
-    /// Ends a job.
-    pub(super) fn cancel(&self, job: u64) -> Result<(), Trouble> {
+    /// Ends a job, or with the number of an array all of its elements.
+    pub(super) fn cancel(&self, job: impl Display) -> Result<(), Trouble> {
         match self.call("scancel", &[job.to_string()], None) {
             // It is over already.
             Err(Trouble::Refused(text)) if text.contains("Invalid job id") => Ok(()),
@@ -156,9 +243,19 @@ impl Client {
         }
     }
 
-    /// Runs a program to its end, and gives what it wrote to standard output.
     fn call(
         &self,
+        program: &str,
+        arguments: &[impl AsRef<OsStr>],
+        control: Option<&Control>,
+    ) -> Result<String, Trouble> {
+        self.call_in(&Surroundings::Own, program, arguments, control)
+    }
+
+    /// Runs a program to its end, and gives what it wrote to standard output.
+    fn call_in(
+        &self,
+        surroundings: &Surroundings<'_>,
         program: &str,
         arguments: &[impl AsRef<OsStr>],
         control: Option<&Control>,
@@ -171,6 +268,12 @@ impl Client {
             .stderr(Stdio::piped());
         for variable in &self.unset {
             command.env_remove(variable);
+        }
+        if let Surroundings::Job(variables) = surroundings {
+            for variable in &self.private {
+                command.env_remove(variable);
+            }
+            command.envs(variables.iter());
         }
         let mut child = command.spawn().map_err(|error| {
             Trouble::Refused(match error.kind() {
@@ -244,22 +347,23 @@ fn text(pipe: Option<impl Read>) -> String {
 }
 
 /// A line of `squeue`.
-fn job(line: &str) -> Option<(u64, JobState)> {
-    let mut parts = line.trim().split('|');
-    let id = parts.next()?.parse().ok()?;
-    let mut next = || parts.next().unwrap_or_default().trim().to_owned();
-    let (state, reason, nodes) = (next(), next(), next());
-    let reason = if reason == "None" {
-        String::new()
-    } else {
-        reason
+fn job(line: &str) -> Option<(JobId, JobState)> {
+    // The last one may have anything in it.
+    let mut parts = line.trim().splitn(5, '|');
+    let id = JobId::parse(parts.next()?)?;
+    let mut next = || {
+        let part = parts.next().unwrap_or_default().trim();
+        let nothing = matches!(part, "None" | "(null)");
+        if nothing { "" } else { part }.to_owned()
     };
+    let (state, reason, nodes, comment) = (next(), next(), next(), next());
     Some((
         id,
         JobState {
             state,
             reason,
             nodes,
+            comment,
         },
     ))
 }
@@ -333,11 +437,15 @@ mod tests {
 
     #[test]
     fn lines_of_the_queue_are_read() {
-        let (id, state) = job("17|PENDING|Resources|\n").unwrap();
-        assert!(id == 17 && state.is_waiting() && !state.is_over());
+        let (id, state) = job("17|PENDING|Resources||(null)\n").unwrap();
+        assert_eq!(id.to_string(), "17");
+        assert!(state.is_waiting() && !state.is_over() && state.comment.is_empty());
         assert_eq!(state.reason, "Resources");
-        let (_, state) = job("18|NODE_FAIL|None|n2").unwrap();
+        let (id, state) = job("18_3|NODE_FAIL|None|n2|a|b").unwrap();
+        assert_eq!((id.job, id.element), (18, Some(3)));
         assert!(state.is_over() && state.reason.is_empty() && state.nodes == "n2");
+        assert_eq!(state.comment, "a|b");
+        assert_eq!(job("18_[3-5]|PENDING|None||"), None);
         assert_eq!(job("slurm_load_jobs error"), None);
     }
 }

@@ -1,7 +1,7 @@
 //! Follows a job to its end, and explains why it has none.
 
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
 use anyhow::anyhow;
@@ -12,7 +12,8 @@ use super::super::super::job::{EventReader, JobFolder, JobResult};
 use super::super::super::stage_events::StageEvents;
 use super::super::super::task::{Task, error};
 use super::super::TaskResult;
-use super::client::{JobState, Trouble};
+use super::client::{JobId, JobState, Trouble};
+use super::explain::SAYS;
 use super::queue::Look;
 use super::{Job, Slurm, tell};
 
@@ -22,6 +23,8 @@ const LONGEST_TICK: Duration = Duration::from_secs(1);
 /// How long the result of a job that is over may take to be seen here: file servers have caches.
 const LATENCY: Duration = Duration::from_secs(5);
 const LATENCY_OF_SUCCESS: Duration = Duration::from_mins(1);
+/// How long a remote may be silent that has the result of a job that is over.
+const LONGEST_SILENCE: Duration = Duration::from_mins(15);
 /// After this time in the queue a stage says that it waits.
 const QUIET: Duration = Duration::from_secs(15);
 /// How long a cancelled job may take to end. Slurm kills what does not stop by itself.
@@ -38,10 +41,10 @@ enum End {
 }
 
 /// One of the jobs that are counted.
-struct Counted<'a>(&'a Slurm, u64);
+struct Counted<'a>(&'a Slurm, JobId);
 
 impl<'a> Counted<'a> {
-    fn new(slurm: &'a Slurm, id: u64) -> Self {
+    fn new(slurm: &'a Slurm, id: JobId) -> Self {
         slurm.queue.add(id);
         slurm.jobs.count.fetch_add(1, Ordering::Relaxed);
         Self(slurm, id)
@@ -83,6 +86,8 @@ impl Slurm {
         let mut seen = Seen::new();
         let end = loop {
             std::thread::sleep(tick);
+            self.bring(job, task, control, seen.over.is_some());
+            seen.silence(job, task, events);
             tick = if read(&mut reader) {
                 TICK
             } else {
@@ -117,17 +122,21 @@ impl Slurm {
                 Look::Nothing => {}
                 Look::Trouble(trouble) => seen.trouble(self, task, events, &trouble),
                 Look::Unknown => {
-                    if seen.is_over_for(LATENCY) {
+                    if seen.is_over_for(LATENCY) && !may_come(job) {
                         break End::Lost(None);
                     }
                 }
                 Look::State(state) if state.is_over() => {
+                    let said = state.comment.strip_prefix(SAYS);
+                    if let Some(said) = said.filter(|_| seen.is_over_for(LATENCY)) {
+                        break End::Refused(said.to_owned());
+                    }
                     let latency = if state.state == "COMPLETED" {
                         LATENCY_OF_SUCCESS
                     } else {
                         LATENCY
                     };
-                    if seen.is_over_for(latency) {
+                    if seen.is_over_for(latency) && !may_come(job) {
                         break End::Lost(Some(state));
                     }
                 }
@@ -135,7 +144,7 @@ impl Slurm {
             }
         };
         if let (End::Result(_), Err(other)) = (&end, version) {
-            Self::settle(&job.folder, task, 0, false);
+            Self::settle(job, task, 0, false);
             return Err(other);
         }
         Self::take(job, task, end)
@@ -146,34 +155,43 @@ impl Slurm {
         let folder = &job.folder;
         let result = match end {
             End::Refused(why) => {
-                Self::settle(folder, task, 0, false);
+                Self::settle(job, task, 0, false);
                 return Err(anyhow!(why));
             }
             End::Lost(state) => {
                 let why = lost(job, state.as_ref());
                 let alive = state.is_none_or(|state| state.state.ends_with("NODE_FAIL"));
-                Self::settle(folder, task, folder.last_start(), alive);
+                Self::settle(job, task, folder.last_start(), alive);
                 return Err(why);
             }
             End::Result(result) => *result,
         };
-        let start = result.start;
-        let taken = match result.event {
-            Event::WorkDone { notes, written } => folder
-                .give_back_output(start, &task.out)
-                .map(|()| TaskResult { notes, written }),
-            Event::WorkFailed {
-                causes,
-                disk_full,
-                lasting,
-            } => {
-                // For people to look at.
-                let _ = folder.give_back_output(start, &task.out);
-                Err(error(causes, disk_full, lasting))
-            }
-            _ => Err(anyhow!("the result of job {} is none", job.id)),
-        };
-        Self::settle(folder, task, start, false);
+        let JobResult {
+            start,
+            event,
+            content,
+        } = result;
+        let taken =
+            match event {
+                Event::WorkDone { notes, written } => folder
+                    .give_back_output(start, &task.out)
+                    .map(|()| TaskResult {
+                        notes,
+                        written,
+                        content,
+                    }),
+                Event::WorkFailed {
+                    causes,
+                    disk_full,
+                    lasting,
+                } => {
+                    // For people to look at.
+                    let _ = folder.give_back_output(start, &task.out);
+                    Err(error(causes, disk_full, lasting))
+                }
+                _ => Err(anyhow!("the result of job {} is none", job.id)),
+            };
+        Self::settle(job, task, start, false);
         taken
     }
 
@@ -187,17 +205,17 @@ impl Slurm {
         let start = Instant::now();
         let mut asked = false;
         loop {
-            if let Ok(Some(result)) = job.folder.result() {
+            if let Ok(Some(result)) = self.result(job, task, control) {
                 let taken = Self::take(job, task, End::Result(Box::new(result)));
                 return (!control.is_cancelled()).then_some(taken);
             }
             asked = asked || self.client.cancel(job.id).is_ok();
-            let over = match self.client.states(&[job.id]) {
-                Ok(states) => states.iter().all(|(_, state)| state.is_over()),
+            let over = match self.client.state(job.id) {
+                Ok(state) => state.is_none_or(|state| state.is_over()),
                 Err(_) => false,
             };
             if asked && over && matches!(job.folder.result(), Ok(None)) {
-                Self::settle(&job.folder, task, job.folder.last_start(), false);
+                Self::settle(job, task, job.folder.last_start(), false);
                 return None;
             }
             if start.elapsed() > LONGEST_END {
@@ -212,6 +230,18 @@ impl Slurm {
     }
 }
 
+/// Why nothing comes from the remote, and since when, if the job tells by the remote.
+fn silence(job: &Job) -> Option<(Instant, String)> {
+    let mirror = job.mirror.as_ref()?.lock();
+    let mirror = mirror.unwrap_or_else(PoisonError::into_inner);
+    mirror.trouble().cloned()
+}
+
+/// Whether the remote, by which the result of a job that is over would come, may still answer.
+fn may_come(job: &Job) -> bool {
+    silence(job).is_some_and(|(since, _)| since.elapsed() < LONGEST_SILENCE)
+}
+
 /// What was seen of a job, and told.
 struct Seen {
     start: Instant,
@@ -219,6 +249,8 @@ struct Seen {
     waits: bool,
     nodes: String,
     trouble: bool,
+    /// Whether a silent remote was told.
+    silent: bool,
 }
 
 impl Seen {
@@ -229,12 +261,28 @@ impl Seen {
             waits: false,
             nodes: String::new(),
             trouble: false,
+            silent: false,
         }
     }
 
     /// Whether the job has been over for that long.
     fn is_over_for(&mut self, latency: Duration) -> bool {
         self.over.get_or_insert_with(Instant::now).elapsed() >= latency
+    }
+
+    /// Tells once that the remote is silent.
+    fn silence(&mut self, job: &Job, task: &Task, events: &Arc<StageEvents>) {
+        match silence(job) {
+            None => self.silent = false,
+            Some((since, why)) => {
+                if since.elapsed() > QUIET && !std::mem::replace(&mut self.silent, true) {
+                    let id = job.id;
+                    let text =
+                        format!("nothing comes from job {id} by the remote: {why}; it goes on");
+                    tell(task, events, text);
+                }
+            }
+        }
     }
 
     /// Tells once that the controller is silent.
@@ -274,6 +322,12 @@ impl Seen {
 /// The error of a job that left no result.
 fn lost(job: &Job, state: Option<&JobState>) -> anyhow::Error {
     let id = job.id;
+    let far = job.mirror.is_some();
+    if let Some((_, why)) = silence(job) {
+        return anyhow!(
+            "its job {id} is over, and what it told and made could not be had from the remote: {why}"
+        );
+    }
     let words = |folder: &JobFolder| {
         let words = folder.last_words();
         words.map_or_else(String::new, |words| format!(", and wrote: {words}"))
@@ -282,6 +336,7 @@ fn lost(job: &Job, state: Option<&JobState>) -> anyhow::Error {
         state,
         reason,
         nodes,
+        ..
     }) = state
     else {
         return anyhow!(
@@ -304,10 +359,17 @@ fn lost(job: &Job, state: Option<&JobState>) -> anyhow::Error {
             "its job {id} had to make way for another one (PREEMPTED); hint: `retries` beside the stage tries again"
         ),
         "CANCELLED" => anyhow!("its job {id} was cancelled by somebody else"),
+        "COMPLETED" if far => {
+            anyhow!("its job {id} ended well, but its result is not in the remote")
+        }
         "COMPLETED" => anyhow!(
             "its job {id} ended well, but its result is not to be seen in `{}`; hint: the folder of results has to be on a file system \
              that this machine shares with the nodes",
             job.folder.path().display()
+        ),
+        _ if far && job.folder.last_start() == 0 => anyhow!(
+            "its job {id} on `{nodes}` could not start ({state}, {reason}); hint: its nodes have to reach the remote, with the \
+             credentials of this machine or their own"
         ),
         _ if job.folder.last_start() == 0 && job.folder.last_words().is_none() => anyhow!(
             "its job {id} on `{nodes}` could not start ({state}, {reason}); hint: the folder of results, `{}`, has to be on a file system \

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Mutex, PoisonError, TryLockError};
 use std::time::{Duration, Instant};
 
-use super::client::{Client, JobState, Trouble};
+use super::client::{Client, JobId, JobState, Trouble};
 
 /// The time between two questions, and what each job adds to it.
 const BETWEEN: Duration = Duration::from_secs(2);
@@ -13,7 +13,7 @@ const FOR_EACH: Duration = Duration::from_millis(50);
 /// The jobs of a run.
 #[derive(Default)]
 pub(super) struct Queue {
-    jobs: Mutex<BTreeSet<u64>>,
+    jobs: Mutex<BTreeSet<JobId>>,
     answer: Mutex<Answer>,
 }
 
@@ -21,8 +21,8 @@ pub(super) struct Queue {
 #[derive(Default)]
 struct Answer {
     at: Option<Instant>,
-    asked: BTreeSet<u64>,
-    states: BTreeMap<u64, JobState>,
+    asked: BTreeSet<JobId>,
+    states: BTreeMap<JobId, JobState>,
     trouble: Option<Trouble>,
 }
 
@@ -41,7 +41,7 @@ pub(super) enum Look {
 
 impl Queue {
     /// Asks about this job, too.
-    pub(super) fn add(&self, job: u64) {
+    pub(super) fn add(&self, job: JobId) {
         self.jobs
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
@@ -49,7 +49,7 @@ impl Queue {
     }
 
     /// Asks about it no more.
-    pub(super) fn remove(&self, job: u64) {
+    pub(super) fn remove(&self, job: JobId) {
         self.jobs
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
@@ -57,7 +57,7 @@ impl Queue {
     }
 
     /// What is known of a job. It asks Slurm if that is some time ago, unless another thread does.
-    pub(super) fn look(&self, client: &Client, job: u64) -> Look {
+    pub(super) fn look(&self, client: &Client, job: JobId) -> Look {
         let mut answer = match self.answer.try_lock() {
             Ok(answer) => answer,
             Err(TryLockError::WouldBlock) => return Look::Nothing,
@@ -67,8 +67,7 @@ impl Queue {
         let jobs = jobs.clone();
         let between = BETWEEN + FOR_EACH * jobs.len() as u32;
         if answer.at.is_none_or(|at| at.elapsed() >= between) {
-            let asked: Vec<u64> = jobs.iter().copied().collect();
-            let states = client.states(&asked);
+            let states = client.states(&jobs);
             *answer = Answer {
                 at: Some(Instant::now()),
                 asked: jobs,

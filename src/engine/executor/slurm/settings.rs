@@ -1,6 +1,7 @@
 //! What `pipeline.config.yaml` says of a Slurm cluster, and the options of `sbatch` that come of it.
 
 use std::num::NonZeroUsize;
+use std::path::PathBuf;
 
 use serde::Deserialize;
 
@@ -31,6 +32,13 @@ pub struct SlurmSettings {
     /// Environment variables that jobs get, too.
     #[serde(default)]
     pub env: Vec<String>,
+    /// Whether the nodes see the project and its store, as they do unless it says otherwise. If not, inputs and results go through the
+    /// remote.
+    #[serde(default)]
+    pub shared: Option<bool>,
+    /// Where nodes that don't see the store keep what they fetched, and the checkpoints of stopped trainings. Without it nothing stays there.
+    #[serde(default)]
+    pub node_store: Option<PathBuf>,
 }
 
 /// The most jobs of a run in the queue unless the settings say otherwise.
@@ -105,6 +113,20 @@ impl SlurmSettings {
                 return Some((format!("env[{at}]"), message, hint.to_owned()));
             }
         }
+        if let Some(store) = &self.node_store {
+            let key = "node_store".to_owned();
+            if self.is_shared() {
+                let message = "nodes that see the project use its own store".to_owned();
+                let hint = "leave it out, or say `shared: false`".to_owned();
+                return Some((key, message, hint));
+            }
+            if !store.is_absolute() {
+                let message = format!("`{}` does not start at the root", store.display());
+                let hint =
+                    "a folder of the nodes, as in `node_store: /scratch/pipeline`".to_owned();
+                return Some((key, message, hint));
+            }
+        }
         let words = [
             ("partition", &self.partition),
             ("account", &self.account),
@@ -119,6 +141,11 @@ impl SlurmSettings {
         })
     }
 
+    /// Whether the nodes see the store.
+    pub fn is_shared(&self) -> bool {
+        self.shared.unwrap_or(true)
+    }
+
     /// The most jobs of a run in the queue.
     pub(super) fn jobs(&self) -> usize {
         self.jobs.map_or(JOBS, NonZeroUsize::get)
@@ -128,7 +155,8 @@ impl SlurmSettings {
     pub fn options(&self, resources: &Resources, timeout: Option<Span>) -> Vec<String> {
         let processes = resources.processes();
         let mut options = vec![format!("--ntasks={processes}")];
-        if processes == 1 {
+        // Processes on other nodes would look for inputs that only the first one has.
+        if processes == 1 || !self.is_shared() {
             options.insert(0, "--nodes=1".to_owned());
         }
         for (name, value) in [
@@ -240,5 +268,13 @@ mod tests {
             ..SlurmSettings::default()
         };
         assert_eq!(env.check().unwrap().0, "env[0]");
+        let store = |store: &str, shared| SlurmSettings {
+            node_store: Some(store.into()),
+            shared,
+            ..SlurmSettings::default()
+        };
+        assert_eq!(store("/a", None).check().unwrap().0, "node_store");
+        assert_eq!(store("a", Some(false)).check().unwrap().0, "node_store");
+        assert_eq!(store("/a", Some(false)).check(), None);
     }
 }

@@ -1,0 +1,373 @@
+//! Submits jobs, trying until Slurm takes them: those that are alike and come together, the combinations of a matrix and the shards of a
+//! stage, as one array.
+
+use std::collections::VecDeque;
+use std::ffi::OsString;
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::mpsc::RecvTimeoutError;
+use std::time::{Duration, Instant};
+
+use anyhow::{anyhow, bail};
+
+use super::super::super::control::Control;
+use super::super::super::files::write_atomically;
+use super::super::super::job::{ENVIRONMENT, JobFolder, LOG, SCRIPT, Submitted};
+use super::super::super::part::Part;
+use super::super::super::stage_events::StageEvents;
+use super::super::super::task::Task;
+use super::away::Away;
+use super::client::{JobId, Trouble};
+use super::gather::Role;
+use super::script::{self, Place};
+use super::{Answer, Like, NotPlaced, Order, PAUSE, Slurm, tell};
+
+/// How long a submission is tried while no controller answers.
+const LONGEST_SILENCE: Duration = Duration::from_mins(15);
+/// The longest pause between two tries to submit; each is longer than the one before by half.
+const LONGEST_PAUSE: Duration = Duration::from_secs(30);
+
+impl Slurm {
+    /// Submits the job of a task.
+    pub(super) fn submit(
+        &self,
+        folder: &JobFolder,
+        task: &Task,
+        events: &Arc<StageEvents>,
+        control: &Control,
+    ) -> anyhow::Result<JobId> {
+        let order = self.order(folder, task, control)?;
+        let teller = Teller {
+            task,
+            events,
+            control,
+        };
+        let answer = match like(task, &order) {
+            None => self.place_one(order, &teller),
+            Some(like) => self.place_together(&like, order, &teller),
+        };
+        match answer {
+            Ok(id) => {
+                control.restart();
+                Ok(id)
+            }
+            Err(NotPlaced::Refused(why)) => Err(anyhow!(why)),
+            Err(NotPlaced::Stopped) => {
+                control.check()?;
+                bail!("interrupted")
+            }
+        }
+    }
+
+    /// Writes what a job needs to where it finds it.
+    fn order(&self, folder: &JobFolder, task: &Task, control: &Control) -> anyhow::Result<Order> {
+        let settings = &self.cluster.settings;
+        let mut environment = script::environment(task, &self.env, &settings.env);
+        note_scratch(task);
+        let (place, environment) = match self.away() {
+            Some(away) => {
+                let digest = away.send(task, folder, control)?;
+                environment.extend(away.variables().clone());
+                let place = Place::Remote(Away::name(folder), digest);
+                (place, Some(environment))
+            }
+            None => {
+                folder.write_private(ENVIRONMENT, &script::lines(&environment))?;
+                (Place::Folder(folder.path().to_owned()), None)
+            }
+        };
+        // From here on a runner that comes after this one looks for the job by its name.
+        let (name, element) = (self.name_of(&task.stage, folder), None);
+        folder.write_submitted(&self.submitted(&name, element, None))?;
+        folder.write_task(task)?;
+        Ok(Order {
+            stage: task.stage.clone(),
+            folder: folder.clone(),
+            options: settings.options(&task.resources, task.timeout),
+            place,
+            environment,
+        })
+    }
+
+    fn submitted(&self, name: &str, element: Option<u32>, id: Option<u64>) -> Submitted {
+        Submitted {
+            executor: self.cluster.name.clone(),
+            id,
+            name: name.to_owned(),
+            element,
+        }
+    }
+
+    /// Submits a job, as one of an array if others like it come at the same time.
+    fn place_together(&self, like: &Like, order: Order, teller: &Teller<'_>) -> Answer {
+        let most = self.client.largest_array().min(self.most_jobs());
+        match self.gathering.join(like, order.clone(), most) {
+            Role::First(own, others) => {
+                let (others, listeners): (Vec<Order>, Vec<_>) = others.into_iter().unzip();
+                let orders = std::iter::once(own).chain(others).collect();
+                let mut answers = self.place_all(orders, most, teller).into_iter();
+                let own = answers.next().unwrap_or(Err(NotPlaced::Stopped));
+                for (answer, listener) in answers.zip(listeners) {
+                    // One that is gone wants to know nothing.
+                    let _ = listener.send(answer);
+                }
+                own
+            }
+            Role::Other(answer) => loop {
+                // What waits to be submitted takes none of its time.
+                teller.control.restart();
+                match answer.recv_timeout(PAUSE) {
+                    // The first one was stopped, and this one was not: it goes its own way.
+                    Ok(Err(NotPlaced::Stopped)) | Err(RecvTimeoutError::Disconnected)
+                        if teller.control.check().is_ok() =>
+                    {
+                        return self.place_one(order, teller);
+                    }
+                    Ok(answer) => return answer,
+                    Err(RecvTimeoutError::Timeout) => {}
+                    Err(RecvTimeoutError::Disconnected) => return Err(NotPlaced::Stopped),
+                }
+            },
+        }
+    }
+
+    fn place_one(&self, order: Order, teller: &Teller<'_>) -> Answer {
+        let mut answers = self.place_all(vec![order], 1, teller);
+        answers.pop().unwrap_or(Err(NotPlaced::Stopped))
+    }
+
+    /// Submits jobs that are alike, as arrays of at most so many; gives an answer to each. Where the queue has no room for an array, the
+    /// halves of it are tried.
+    fn place_all(&self, orders: Vec<Order>, most: usize, teller: &Teller<'_>) -> Vec<Answer> {
+        let mut answers = Vec::with_capacity(orders.len());
+        let mut open: VecDeque<&[Order]> = orders.chunks(most.max(1)).collect();
+        while let Some(orders) = open.pop_front() {
+            match self.place(orders, teller) {
+                Placed::At(ids) => answers.extend(ids.into_iter().map(Ok)),
+                Placed::TooMany => {
+                    let (one, other) = orders.split_at(orders.len() / 2);
+                    open.push_front(other);
+                    open.push_front(one);
+                }
+                Placed::Not(why) => {
+                    let all = std::iter::repeat_n(why, orders.len());
+                    answers.extend(all.map(Err));
+                }
+            }
+        }
+        answers
+    }
+
+    /// Submits one job, or one array.
+    fn place(&self, orders: &[Order], teller: &Teller<'_>) -> Placed {
+        let Some(first) = orders.first() else {
+            return Placed::At(Vec::new());
+        };
+        let is_array = orders.len() > 1;
+        let elements = (0..).map(|element| is_array.then_some(element));
+        let of = if is_array {
+            matrix_of(&first.stage)
+        } else {
+            &first.stage
+        };
+        let name = self.name_of(of, &first.folder);
+        let note = |id: Option<u64>| -> anyhow::Result<()> {
+            for (order, element) in orders.iter().zip(elements.clone()) {
+                let submitted = self.submitted(&name, element, id);
+                order.folder.write_submitted(&submitted)?;
+            }
+            Ok(())
+        };
+        let prepared = note(None).and_then(|()| self.arguments(orders, &name, of));
+        let arguments = match prepared {
+            Ok(arguments) => arguments,
+            Err(error) => return Placed::Not(NotPlaced::Refused(format!("{error:#}"))),
+        };
+        let id = match self.insist(&arguments, first, &name, is_array, teller) {
+            Ok(Some(id)) => id,
+            Ok(None) => return Placed::TooMany,
+            Err(why) => return Placed::Not(why),
+        };
+        if let Err(error) = note(Some(id)) {
+            let _ = self.client.cancel(id);
+            return Placed::Not(NotPlaced::Refused(format!("{error:#}")));
+        }
+        let id = |element| JobId { job: id, element };
+        Placed::At(elements.take(orders.len()).map(id).collect())
+    }
+
+    /// The arguments of `sbatch`.
+    fn arguments(&self, orders: &[Order], name: &str, of: &str) -> anyhow::Result<Vec<OsString>> {
+        let Some(first) = orders.first() else {
+            bail!("there is nothing to submit")
+        };
+        let (cluster, path) = (&self.cluster, first.folder.path());
+        let places: Vec<Place> = orders.iter().map(|order| order.place.clone()).collect();
+        let node_store = cluster.settings.node_store.as_deref();
+        let text = script::script(&places, &cluster.program, node_store, of);
+        first.folder.write_private(SCRIPT, &text)?;
+        let environment = if first.environment.is_some() {
+            "ALL"
+        } else {
+            "NIL"
+        };
+        let mut arguments: Vec<OsString> = vec![
+            "--parsable".into(),
+            format!("--export={environment}").into(),
+            "--open-mode=append".into(),
+            format!("--job-name={name}").into(),
+        ];
+        if orders.len() > 1 {
+            arguments.push(format!("--array=0-{}", orders.len() - 1).into());
+        }
+        if orders.len() > 1 || first.environment.is_some() {
+            // There is no folder that all of them see, or have.
+            arguments.extend(["--output=/dev/null", "--chdir=/"].map(OsString::from));
+        } else {
+            arguments.push(format!("--output={LOG}").into());
+            let mut chdir = OsString::from("--chdir=");
+            chdir.push(path);
+            arguments.push(chdir);
+        }
+        arguments.extend(first.options.iter().map(OsString::from));
+        arguments.push(path.join(SCRIPT).into_os_string());
+        Ok(arguments)
+    }
+
+    /// Calls `sbatch` until Slurm takes the job. None if it is an array that the queue has no room for.
+    fn insist(
+        &self,
+        arguments: &[OsString],
+        order: &Order,
+        name: &str,
+        is_array: bool,
+        teller: &Teller<'_>,
+    ) -> Result<Option<u64>, NotPlaced> {
+        let control = teller.control;
+        let mut silence: Option<Instant> = None;
+        let mut told = false;
+        let mut pause = PAUSE;
+        loop {
+            // What waits to be submitted takes none of its time.
+            control.restart();
+            let submitted = match control.check() {
+                Ok(()) => {
+                    let environment = order.environment.as_ref();
+                    self.client.submit(arguments, environment, control)
+                }
+                Err(_) => Err(Trouble::Stopped),
+            };
+            let trouble = match submitted {
+                Ok(id) => return Ok(Some(id)),
+                Err(Trouble::Stopped) => {
+                    self.take_back(name);
+                    return Err(NotPlaced::Stopped);
+                }
+                Err(trouble) => trouble,
+            };
+            let refused = || {
+                let cluster = &self.cluster.name;
+                let why = format!("the executor `{cluster}` did not take its job: {trouble}");
+                Err(NotPlaced::Refused(why))
+            };
+            if !trouble.passes() {
+                return refused();
+            }
+            if matches!(trouble, Trouble::Away(_)) {
+                let since = *silence.get_or_insert_with(Instant::now);
+                if since.elapsed() > LONGEST_SILENCE {
+                    return refused();
+                }
+            } else {
+                silence = None;
+            }
+            if !std::mem::replace(&mut told, true) {
+                teller.tell(format!("`{}`: {trouble}; trying again", self.cluster.name));
+            }
+            let until = Instant::now() + pause;
+            while Instant::now() < until && control.check().is_ok() {
+                std::thread::sleep(Duration::from_millis(50));
+            }
+            pause = (pause * 3 / 2).min(LONGEST_PAUSE);
+            // The answer may have been lost, and not the question.
+            if let Ok(Some(id)) = self.client.find(name) {
+                return Ok(Some(id));
+            }
+            if is_array && matches!(trouble, Trouble::Full(_)) {
+                return Ok(None);
+            }
+        }
+    }
+
+    /// Cancels a job that may have been submitted, or not.
+    fn take_back(&self, name: &str) {
+        if let Ok(Some(id)) = self.client.find(name) {
+            // Without its task it would do nothing.
+            let _ = self.client.cancel(id);
+        }
+    }
+
+    /// The name in Slurm's lists: recipe, stage, and what no other job has.
+    fn name_of(&self, stage: &str, folder: &JobFolder) -> String {
+        let plain = |text: &str| -> String {
+            let safe = |c: char| {
+                if c.is_ascii_alphanumeric() || matches!(c, '_' | '-' | '=') {
+                    c
+                } else {
+                    '_'
+                }
+            };
+            text.chars().take(60).map(safe).collect()
+        };
+        let (recipe, stage) = (plain(&self.cluster.recipe), plain(stage));
+        format!("{recipe}.{stage}.{}", folder.name())
+    }
+}
+
+/// What came of a submission.
+enum Placed {
+    /// The number of each job.
+    At(Vec<JobId>),
+    /// There is no room for so many at once.
+    TooMany,
+    Not(NotPlaced),
+}
+
+/// Who hears of a submission, and may stop it.
+struct Teller<'a> {
+    task: &'a Task,
+    events: &'a Arc<StageEvents>,
+    control: &'a Control,
+}
+
+impl Teller<'_> {
+    fn tell(&self, text: String) {
+        tell(self.task, self.events, text);
+    }
+}
+
+/// What a job has in common with others that may come at the same time; none if there are no others.
+fn like(task: &Task, order: &Order) -> Option<Like> {
+    let is_one_of_many = task.stage.contains('[') || matches!(task.part, Part::Shard(_));
+    is_one_of_many.then(|| {
+        let environment = order.environment.clone().unwrap_or_default();
+        (
+            matrix_of(&task.stage).to_owned(),
+            order.options.clone(),
+            environment,
+        )
+    })
+}
+
+/// The name of a stage without its combination.
+fn matrix_of(stage: &str) -> &str {
+    stage.split('[').next().unwrap_or(stage)
+}
+
+/// Writes beside the scratch folder whose it is, for `gc`.
+fn note_scratch(task: &Task) {
+    let note = Path::new(&task.scratch).with_extension("json");
+    if !task.scratch_note.is_empty() && !note.exists() {
+        let _ = write_atomically(&note, &task.scratch_note);
+    }
+}
