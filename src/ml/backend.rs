@@ -177,4 +177,13 @@ pub trait Decoder: Send {
     /// # Errors
     /// A text that is not there or is shorter.
     fn truncate(&mut self, text: usize, length: usize) -> Result<()>;
+
+    /// Makes the first `length` tokens of text `from` all that text `to` has, without computing anything. Gives `false`, and changes
+    /// nothing, where the decoder can't do that without other roundings.
+    ///
+    /// # Errors
+    /// A text that is not there, or `from` is shorter.
+    fn copy_beginning(&mut self, _from: usize, _to: usize, _length: usize) -> Result<bool> {
+        Ok(false)
+    }
 }
