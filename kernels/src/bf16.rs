@@ -81,10 +81,77 @@ pub fn round_to_bf16(data: &mut [f32]) {
         .for_each(|data| run(Round(data)));
 }
 
+/// Rounds values to bf16, ties to even, and writes them as little-endian bytes: as many as there are and `out` has room for, on the calling
+/// thread.
+pub fn to_bytes(values: &[f32], out: &mut [u8]) {
+    struct Write<'a>(&'a [f32], &'a mut [u8]);
+    impl Loop for Write<'_> {
+        type Output = ();
+        #[inline(always)]
+        fn run<const FMA: bool>(self) {
+            let (pairs, _) = self.1.as_chunks_mut::<2>();
+            for (out, value) in pairs.iter_mut().zip(self.0) {
+                *out = (bf16_bits(*value) as u16).to_le_bytes();
+            }
+        }
+    }
+    run(Write(values, out));
+}
+
+/// The values of little-endian bytes of bf16: as many as there are and `out` has room for, on the calling thread.
+pub fn from_bytes(bytes: &[u8], out: &mut [f32]) {
+    struct Read<'a>(&'a [u8], &'a mut [f32]);
+    impl Loop for Read<'_> {
+        type Output = ();
+        #[inline(always)]
+        fn run<const FMA: bool>(self) {
+            let (pairs, _) = self.0.as_chunks::<2>();
+            for (out, pair) in self.1.iter_mut().zip(pairs) {
+                *out = f32::from_bits(u32::from(u16::from_le_bytes(*pair)) << 16);
+            }
+        }
+    }
+    run(Read(bytes, out));
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::dispatch::tests::with_each;
+
+    #[test]
+    fn bytes_are_those_of_half() {
+        let some = (0..70_000u32).map(|i| f32::from_bits(i.wrapping_mul(0x9e37_79b9)));
+        let edges = [
+            0x7f80_0001,
+            0xff80_0001,
+            0x7f80_0000,
+            0x7f7f_ffff,
+            0x3f80_8000,
+            0x3f81_8000,
+            1,
+        ];
+        let values: Vec<f32> = some.chain(edges.map(f32::from_bits)).collect();
+        let expected: Vec<u8> = (values.iter())
+            .flat_map(|value| half::bf16::from_f32(*value).to_le_bytes())
+            .collect();
+        with_each(|isa| {
+            // One value more than there is room for, and room for one more.
+            for count in [values.len(), values.len() - 1] {
+                let mut bytes = vec![7; 2 * count + 1];
+                to_bytes(&values, &mut bytes);
+                assert_eq!(bytes[..2 * count], expected[..2 * count], "{isa:?}");
+                assert_eq!(bytes[2 * count], 7);
+            }
+            let mut read = vec![0.5f32; values.len() + 1];
+            from_bytes(&expected, &mut read);
+            assert_eq!(read.pop(), Some(0.5));
+            for (read, value) in read.iter().zip(expected.chunks_exact(2)) {
+                let value = half::bf16::from_le_bytes([value[0], value[1]]).to_f32();
+                assert_eq!(read.to_bits(), value.to_bits(), "{isa:?}");
+            }
+        });
+    }
 
     #[test]
     fn pairs_are_rounded_as_half_does() {

@@ -65,8 +65,8 @@ pub fn vector_products(team: &Team<'_>, mut all: Vec<VectorProduct<'_>>) {
             out: outs[*product],
         };
         #[cfg(target_arch = "x86_64")]
-        if let Some((layout, words)) = layouts.for_product(*product) {
-            wide::run(&part, layout, words);
+        if let Some((layout, lines)) = layouts.for_product(*product) {
+            wide::run(&part, layout, lines);
             return;
         }
         plain::run(part);
@@ -78,7 +78,7 @@ pub fn vector_products(team: &Team<'_>, mut all: Vec<VectorProduct<'_>>) {
 struct VectorLayouts {
     /// For each product, an index into `layouts`.
     products: Vec<Option<usize>>,
-    layouts: Vec<(wide::Layout, Vec<u32>)>,
+    layouts: Vec<(wide::Layout, Vec<wide::Line>)>,
 }
 
 #[cfg(target_arch = "x86_64")]
@@ -106,10 +106,10 @@ impl VectorLayouts {
         }
     }
 
-    /// The layout of a product's vectors and their words, if [`wide`] has a loop for it.
-    fn for_product(&self, product: usize) -> Option<(wide::Layout, &[u32])> {
-        let (layout, words) = &self.layouts[self.products[product]?];
-        Some((*layout, words))
+    /// The layout of a product's vectors and their words by lines, if [`wide`] has a loop for it.
+    fn for_product(&self, product: usize) -> Option<(wide::Layout, &[wide::Line])> {
+        let (layout, lines) = &self.layouts[self.products[product]?];
+        Some((*layout, lines))
     }
 }
 

@@ -222,9 +222,7 @@ fn stages_of(path: std::path::PathBuf) -> Vec<(String, Option<String>)> {
     if ["include", "extends"].iter().any(|key| text.contains(key)) {
         let args = RecipeArgs {
             recipe: path,
-            set: Vec::new(),
-            profile: Vec::new(),
-            allow_path: Vec::new(),
+            reading: super::args::ReadingArgs::default(),
         };
         if let Some(recipe) = super::project::load_at_hand(&args) {
             return crate::recipe::names_of(recipe);

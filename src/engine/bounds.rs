@@ -3,6 +3,7 @@
 
 use std::any::TypeId;
 use std::collections::HashMap;
+use std::fmt;
 use std::sync::{Arc, LazyLock, Mutex, PoisonError};
 
 use schemars::{JsonSchema, SchemaGenerator};
@@ -85,10 +86,11 @@ pub fn check<S: Stage>(stage: &S) -> Vec<Problem> {
     let mut problems = Vec::new();
     let schema = schema_of::<S>();
     if let Ok(params) = serde_json::to_value(stage) {
+        let definitions = &schema.definitions;
         look(
             &schema.params,
-            &schema.definitions,
-            "",
+            definitions,
+            &At::Top,
             &params,
             &mut problems,
         );
@@ -119,11 +121,29 @@ fn schema_of<S: Stage>() -> Arc<Described> {
     Arc::clone(described)
 }
 
+/// Where a value stands among the parameters. It is written out only for a problem.
+enum At<'a> {
+    Top,
+    Key(&'a At<'a>, &'a str),
+    Index(&'a At<'a>, usize),
+}
+
+impl fmt::Display for At<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            At::Top => Ok(()),
+            At::Key(At::Top, key) => f.write_str(key),
+            At::Key(above, key) => write!(f, "{above}.{key}"),
+            At::Index(above, index) => write!(f, "{above}[{index}]"),
+        }
+    }
+}
+
 /// Looks through a value by its schema. Of alternatives the one that has bounds, or parts, is meant: what fits none was refused before.
 fn look(
     schema: &Value,
     definitions: &Map<String, Value>,
-    at: &str,
+    at: &At<'_>,
     value: &Value,
     problems: &mut Vec<Problem>,
 ) {
@@ -144,19 +164,14 @@ fn look(
             if let (Some(bounds), Some(number)) = (Bounds::of(schema), number.as_f64())
                 && !bounds.hold(number)
             {
-                problems.push(Problem::new(at, bounds.expected()));
+                problems.push(Problem::new(at.to_string(), bounds.expected()));
             }
         }
         Value::Array(values) => {
             if let Some(items) = schema.get("items") {
                 for (index, value) in values.iter().enumerate() {
-                    look(
-                        items,
-                        definitions,
-                        &format!("{at}[{index}]"),
-                        value,
-                        problems,
-                    );
+                    let at = At::Index(at, index);
+                    look(items, definitions, &at, value, problems);
                 }
             }
         }
@@ -164,14 +179,7 @@ fn look(
             for (key, value) in map {
                 let own = schema.get("properties").and_then(|known| known.get(key));
                 if let Some(own) = own.or_else(|| schema.get("additionalProperties")) {
-                    let dot = if at.is_empty() { "" } else { "." };
-                    look(
-                        own,
-                        definitions,
-                        &format!("{at}{dot}{key}"),
-                        value,
-                        problems,
-                    );
+                    look(own, definitions, &At::Key(at, key), value, problems);
                 }
             }
         }

@@ -53,7 +53,7 @@ fn map(entries: &mut [(&str, &Value)], text: &mut Vec<u8>) {
         if index > 0 {
             text.push(b',');
         }
-        scalar(key, text);
+        string(key, text);
         text.push(b':');
         write(value, text);
     }
@@ -76,7 +76,20 @@ fn write(value: &Value, text: &mut Vec<u8>) {
             }
             text.push(b']');
         }
+        Value::String(other) => string(other, text),
         other => scalar(other, text),
+    }
+}
+
+/// [`scalar`] of a text; most have nothing to escape.
+fn string(value: &str, text: &mut Vec<u8>) {
+    let is_escaped = |byte: u8| byte < b' ' || matches!(byte, b'"' | b'\\');
+    if value.bytes().any(is_escaped) {
+        scalar(value, text);
+    } else {
+        text.push(b'"');
+        text.extend_from_slice(value.as_bytes());
+        text.push(b'"');
     }
 }
 
@@ -110,6 +123,23 @@ mod tests {
 
     #[test]
     fn keys_are_sorted_at_every_depth_and_the_digest_is_pinned() {
+        for text in [
+            "",
+            "plain",
+            "é\u{7f}日",
+            "a\"b",
+            "a\\b",
+            "\u{1f}",
+            "\n",
+            "/",
+        ] {
+            let expected = serde_json::to_string(text).unwrap();
+            assert_eq!(canonical_json(&json!(text)), expected);
+            assert_eq!(
+                canonical_json(&json!({text: 1})),
+                format!("{{{expected}:1}}")
+            );
+        }
         let value = json!({"b": [1, 2.5, {"z": null, "a": "é\n"}], "a": 8e-6});
         assert_eq!(
             canonical_json(&value),

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use super::AnyStage;
 use super::handling::Handling;
-use super::markers::{Marker, markers};
+use super::markers::producers;
 
 /// A stage in a graph.
 pub struct Node {
@@ -73,10 +73,7 @@ impl Graph {
                 error: error.to_string(),
             })?;
             let mut reads = Vec::new();
-            for (_, marker) in markers(&params) {
-                let Marker::Stage { stage, .. } = marker else {
-                    continue;
-                };
+            for stage in producers(&params) {
                 let Some(&producer) = index_of.get(stage.as_str()) else {
                     return Err(GraphError::Unknown {
                         stage: node.name.clone(),

@@ -165,27 +165,13 @@ impl Manifest {
     }
 
     /// Whether every folder and file has the recorded stat.
-    pub(super) fn is_as_remembered(&self, folder: &Path) -> bool {
-        let mut path = folder.to_path_buf();
-        let mut metadata = |name: &str| {
-            path.clear();
-            path.push(folder);
-            if !name.is_empty() {
-                path.push(name);
-            }
-            fs::symlink_metadata(&path).ok()
-        };
-        !self.folders.is_empty()
-            && self.folders.iter().all(|(name, changed)| {
-                metadata(name).is_some_and(|found| {
-                    found.is_dir() && Stat::from_metadata(&found).changed == *changed
-                })
-            })
-            && self.files.iter().all(|(name, entry)| {
-                metadata(name).is_some_and(|found| {
-                    found.is_file() && Stat::from_metadata(&found) == entry.stat
-                })
-            })
+    fn is_as_remembered(&self, folder: &Path) -> bool {
+        let files = self.files.iter();
+        looks_like(
+            folder,
+            &self.folders,
+            files.map(|(name, entry)| (name.as_str(), entry.stat)),
+        )
     }
 
     fn compare(&self, folder: &Path, thorough: bool) -> anyhow::Result<Option<Self>> {
@@ -225,6 +211,34 @@ impl Manifest {
         }
         Ok(changed.then_some(touched))
     }
+}
+
+/// Whether a folder's folders have these times of their last change, and its files these stats. Without the time of the folder itself
+/// nobody knows.
+pub(super) fn looks_like<'n>(
+    folder: &Path,
+    folders: &BTreeMap<String, i64>,
+    mut files: impl Iterator<Item = (&'n str, Stat)>,
+) -> bool {
+    let mut path = folder.to_path_buf();
+    let mut metadata = |name: &str| {
+        path.clear();
+        path.push(folder);
+        if !name.is_empty() {
+            path.push(name);
+        }
+        fs::symlink_metadata(&path).ok()
+    };
+    !folders.is_empty()
+        && folders.iter().all(|(name, changed)| {
+            metadata(name).is_some_and(|found| {
+                found.is_dir() && Stat::from_metadata(&found).changed == *changed
+            })
+        })
+        && files.all(|(name, stat)| {
+            metadata(name)
+                .is_some_and(|found| found.is_file() && Stat::from_metadata(&found) == stat)
+        })
 }
 
 /// The times of the last change of a folder and of all folders that hold the files. What can't be read is left out, and then

@@ -28,6 +28,22 @@ pub fn markers(params: &Value) -> Vec<(String, Marker)> {
     found
 }
 
+/// The producer's names of every marker of an edge, in the order of the parameters.
+pub(super) fn producers(params: &Value) -> Vec<String> {
+    let mut found = Vec::new();
+    let mut open = vec![params];
+    while let Some(value) = open.pop() {
+        match (marker(value), value) {
+            (Some(Marker::Stage { stage, .. }), _) => found.push(stage),
+            (Some(_), _) => {}
+            (None, Value::Object(map)) => open.extend(map.values().rev()),
+            (None, Value::Array(items)) => open.extend(items.iter().rev()),
+            (None, _) => {}
+        }
+    }
+    found
+}
+
 /// The marker that `value` is, if it is one.
 pub(crate) fn marker(value: &Value) -> Option<Marker> {
     let map = value.as_object()?;

@@ -182,4 +182,13 @@ pub trait Decoder: Send {
     fn at_once(&self) -> usize {
         32
     }
+
+    /// Makes the first `length` tokens of text `from` all that text `to` has, without computing anything. Gives `false`, and changes
+    /// nothing, where the decoder can't do that without other roundings.
+    ///
+    /// # Errors
+    /// A text that is not there, or `from` is shorter.
+    fn copy_beginning(&mut self, _from: usize, _to: usize, _length: usize) -> Result<bool> {
+        Ok(false)
+    }
 }

@@ -11,6 +11,10 @@ pub use super::sampling::NotFinite;
 use super::sampling::Sampler;
 use super::threads::in_pool;
 
+/// The fewest tokens that are copied from a prompt that begins alike: before, what is open of that prompt has to go through the model,
+/// which reads all weights.
+const FEWEST_COPIED: usize = 8;
+
 /// Why an answer ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Finish {
@@ -125,14 +129,6 @@ impl<'a> Generator<'a> {
         if limit == 0 {
             return Ok(answers);
         }
-        let mut all = Vec::new();
-        for (text, prompt) in prompts.iter().enumerate() {
-            let known = self.keep_beginning(text, prompt)?;
-            let tokens = prompt.iter().enumerate().skip(known);
-            all.extend(
-                tokens.map(|(at, &id)| (Token { sequence: text, id }, at + 1 == prompt.len())),
-            );
-        }
         let mut choice = Choice {
             prompts,
             limit,
@@ -142,18 +138,54 @@ impl<'a> Generator<'a> {
             answers: &mut answers,
         };
         let mut next = Vec::new();
-        for chunk in all.chunks(self.decoder.at_once().max(1)) {
-            if listener.step()?.is_break() {
-                choice.break_off();
-                return Ok(answers);
+        let at_once = self.decoder.at_once().max(1);
+        // The tokens that wait for their turn, and whether they end their prompt.
+        let mut waiting: Vec<(Token, bool)> = Vec::new();
+        let mut read = |generator: &mut Self, waiting: &mut Vec<(Token, bool)>| {
+            if waiting.is_empty() {
+                return Ok(ControlFlow::Continue(()));
             }
-            let tokens: Vec<Token> = chunk.iter().map(|(token, _)| *token).collect();
-            let last = chunk.iter().enumerate().filter(|(_, (_, last))| *last);
+            if listener.step()?.is_break() {
+                return Ok(ControlFlow::Break(()));
+            }
+            let tokens: Vec<Token> = waiting.iter().map(|(token, _)| *token).collect();
+            let last = waiting.iter().enumerate().filter(|(_, (_, last))| *last);
             let last: Vec<usize> = last.map(|(at, _)| at).collect();
-            let logits = self.step(&tokens, &last)?;
-            for (&at, logits) in last.iter().zip(logits.chunks_exact(self.vocabulary)) {
+            waiting.clear();
+            let logits = generator.step(&tokens, &last)?;
+            for (&at, logits) in last.iter().zip(logits.chunks_exact(generator.vocabulary)) {
                 next.extend(choice.follow(tokens[at].sequence, logits, listener)?);
             }
+            anyhow::Ok(ControlFlow::Continue(()))
+        };
+        let mut is_broken = false;
+        'texts: for (text, prompt) in prompts.iter().enumerate() {
+            let mut known = self.keep_beginning(text, prompt)?;
+            if let Some((from, length)) = alike(prompts, text, known) {
+                if waiting.iter().any(|(token, _)| token.sequence == from) {
+                    is_broken = read(self, &mut waiting)?.is_break();
+                    if is_broken {
+                        break;
+                    }
+                }
+                if self.decoder.copy_beginning(from, text, length)? {
+                    self.seen[text] = prompt[..length].to_vec();
+                    known = length;
+                }
+            }
+            for (at, &id) in prompt.iter().enumerate().skip(known) {
+                waiting.push((Token { sequence: text, id }, at + 1 == prompt.len()));
+                if waiting.len() == at_once {
+                    is_broken = read(self, &mut waiting)?.is_break();
+                    if is_broken {
+                        break 'texts;
+                    }
+                }
+            }
+        }
+        if is_broken || read(self, &mut waiting)?.is_break() {
+            choice.break_off();
+            return Ok(answers);
         }
         while !next.is_empty() {
             if listener.step()?.is_break() {
@@ -192,6 +224,21 @@ impl<'a> Generator<'a> {
         }
         Ok(logits)
     }
+}
+
+/// An earlier prompt that begins as the prompt number `text` does, and with how many tokens; the last one is not counted, since its
+/// logits are wanted. `None` where that would spare too little beside the `known` tokens.
+fn alike(prompts: &[&[u32]], text: usize, known: usize) -> Option<(usize, usize)> {
+    let prompt = prompts[text];
+    let equal = |other: &[u32]| {
+        let pairs = other.iter().zip(&prompt[..prompt.len() - 1]);
+        pairs.take_while(|(a, b)| a == b).count()
+    };
+    let earlier = prompts[..text].iter().enumerate().rev();
+    let (from, length) = earlier
+        .map(|(number, other)| (number, equal(other)))
+        .max_by_key(|(_, length)| *length)?;
+    (length >= known + FEWEST_COPIED).then_some((from, length))
 }
 
 /// What decides on the next ids.

@@ -98,6 +98,14 @@ fn brackets(text: &str) -> usize {
     most
 }
 
+/// The line and the column at the end of an error, as in `.. at line 3 column 5`.
+fn place(error: &str) -> Option<(usize, usize)> {
+    let (rest, column) = error.rsplit_once(' ')?;
+    let (rest, line) = rest.strip_suffix(" column")?.rsplit_once(' ')?;
+    let is_place = rest.ends_with(" at line");
+    is_place.then_some((line.parse().ok()?, column.parse().ok()?))
+}
+
 struct Reader<'text> {
     file: usize,
     lines: Vec<Line<'text>>,
@@ -414,11 +422,7 @@ impl Reader<'_> {
 
     /// The position carried by a deliberate error. The parser gives none for the very first character.
     fn mark(&self, error: &str, value: &Value) -> SourceSpan {
-        let numbers = error.rsplit_once(" at line ").and_then(|(_, span)| {
-            let (line, column) = span.split_once(" column ")?;
-            Some((line.parse().ok()?, column.parse().ok()?))
-        });
-        let (line, column) = numbers.unwrap_or((1, 1));
+        let (line, column) = place(error).unwrap_or((1, 1));
         SourceSpan {
             file: self.file,
             line,

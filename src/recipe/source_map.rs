@@ -312,8 +312,8 @@ pub(crate) fn lines(text: &str) -> Vec<&str> {
 /// A line in which a character is found by its number without counting from the start of the line: a recipe may be one long line.
 pub(crate) struct Line<'text> {
     text: &'text str,
-    /// The byte at which each [`Self::STRIDE`]-th character begins.
-    bytes: Vec<usize>,
+    /// The byte at which each [`Self::STRIDE`]-th character begins; `None` where each character is a byte.
+    bytes: Option<Vec<usize>>,
 }
 
 impl<'text> Line<'text> {
@@ -323,7 +323,7 @@ impl<'text> Line<'text> {
         let starts = text.char_indices().step_by(Self::STRIDE);
         Self {
             text,
-            bytes: starts.map(|(byte, _)| byte).collect(),
+            bytes: (!text.is_ascii()).then(|| starts.map(|(byte, _)| byte).collect()),
         }
     }
 
@@ -331,7 +331,10 @@ impl<'text> Line<'text> {
     pub(crate) fn split(&self, column: usize) -> (&'text str, &'text str) {
         let character = column.saturating_sub(1);
         let mut byte = self.text.len();
-        if let Some(&start) = self.bytes.get(character / Self::STRIDE) {
+        let Some(bytes) = &self.bytes else {
+            return self.text.split_at(byte.min(character));
+        };
+        if let Some(&start) = bytes.get(character / Self::STRIDE) {
             let near = self.text.get(start..).unwrap_or_default();
             let at = near.char_indices().nth(character % Self::STRIDE);
             byte = at.map_or(byte, |(at, _)| start + at);

@@ -101,9 +101,9 @@ impl Address {
 
     /// The address that was written as `text`, as it is understood in any folder.
     pub fn from_anywhere(&self, text: &str) -> String {
-        match &self.place {
-            Place::Folder(folder) => folder.display().to_string(),
-            Place::Url(..) => text.to_owned(),
+        match &self.location {
+            Location::Folder(folder) => folder.display().to_string(),
+            Location::Url(..) => text.to_owned(),
         }
     }
 

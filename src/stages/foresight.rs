@@ -160,10 +160,10 @@ impl<'a> Stages<'a> {
     /// The stage that a parameter names.
     fn edge(&self, planned: &Planned<'_>, parameter: &str) -> Option<&'a Planned<'a>> {
         let params = planned.stage.params().ok()?;
-        let named = markers(&params)
+        let named = markers(params.get(parameter)?)
             .into_iter()
-            .find_map(|(at, marker)| match marker {
-                Marker::Stage { stage, .. } if at == parameter => Some(stage),
+            .find_map(|(below, marker)| match marker {
+                Marker::Stage { stage, .. } if below.is_empty() => Some(stage),
                 _ => None,
             })?;
         self.by_name.get(named.as_str()).copied()
@@ -242,9 +242,11 @@ impl<'a> Stages<'a> {
         &self,
         planned: &Planned<'_>,
     ) -> Option<(&'a str, &'static str, &'static str)> {
+        if !["train_dpo", "train_kto"].contains(&planned.stage.kind()) {
+            return None;
+        }
         let scored = self.edge(planned, "dataset")?;
-        let takes_them = ["train_dpo", "train_kto"].contains(&planned.stage.kind());
-        if !takes_them || scored.stage.kind() != "score_reference" {
+        if scored.stage.kind() != "score_reference" {
             return None;
         }
         let theirs = compute(&scored.stage.params().ok()?);

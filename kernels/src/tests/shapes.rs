@@ -436,7 +436,7 @@ fn merges_and_vectors_of_any_shape() {
             let what = format!("{isa:?} {rows} x {columns}, {rank}");
             near(&what, values.iter().copied(), &exact, 1e-5);
 
-            let vectors = dice.size(9);
+            let vectors = dice.size(20);
             let x: Vec<f32> = numbers(vectors * columns, case + 3);
             let halves: Vec<f32> = x.iter().map(|x| bf16::from_f32(*x).to_f32()).collect();
             let weight = side.copy(&numbers(rows * columns, case + 2));

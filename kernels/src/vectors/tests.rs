@@ -116,7 +116,7 @@ fn rounded(x: &[f32]) -> Vec<f32> {
 fn products_are_those_of_a_plain_loop() {
     for (height, depth) in [(1, 1), (5, 64), (9, 100), (7, 128), (200, 576)] {
         let weights = Weights::new(height * depth);
-        for vectors in [1, 2, 3, 4, 7, 8, 15] {
+        for vectors in [1, 2, 3, 4, 7, 8, 15, 16, 26] {
             let x = numbers(vectors * depth, 2);
             let halves = rounded(&x);
             with_each(|isa| {
@@ -138,7 +138,7 @@ fn products_are_those_of_a_plain_loop() {
 fn a_vector_does_not_depend_on_those_beside_it_nor_on_threads() {
     for (height, depth) in [(300, 250), (201, 320)] {
         let weights = Weights::new(height * depth);
-        let x = rounded(&numbers(15 * depth, 4));
+        let x = rounded(&numbers(31 * depth, 4));
         with_each(|isa| {
             for (stored, _) in weights.all() {
                 let weight = Matrix::new(stored, height, depth).unwrap();

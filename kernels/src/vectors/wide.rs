@@ -3,10 +3,13 @@
 //! Weights are taken 64 at a time, in the order that is cheapest to load: where two of them share a byte or a word, those with even
 //! indices come before those with odd ones. The vectors are brought into the same order before ([`lay_out`]).
 
+mod converted;
 mod weights;
 
+use std::marker::PhantomData;
 use std::ops::Range;
 
+use converted::Converted;
 use weights::{Arithmetic, BF16, Codes, Dense, F16, F32, Floats256, Floats512, Pairs512, Weight};
 
 use super::{Outputs, Part};
@@ -18,6 +21,9 @@ use crate::matrix::{Matrix, NF4_BLOCK, Values};
 /// The number of weights that are taken at a time.
 const BLOCK: usize = 64;
 const _: () = assert!(BLOCK == NF4_BLOCK);
+
+/// The number of vectors from which weights are converted before they are multiplied: for eight that would not pay.
+const MANY: usize = 16;
 
 /// The order of a vector's values.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -73,24 +79,30 @@ impl Layout {
     }
 }
 
+/// Sixteen words on a cache line of their own: a register that is read across two lines takes twice as long.
+#[derive(Clone, Copy)]
+#[repr(C, align(64))]
+pub(super) struct Line([u32; 16]);
+
 /// Brings vectors (vectors, depth) into their layout, as words of floats or of pairs of bf16. Each vector is filled up with zeros to a
 /// whole number of blocks.
-pub(super) fn lay_out(layout: Layout, x: &[f32], depth: usize) -> Vec<u32> {
-    let mut words = Vec::new();
+pub(super) fn lay_out(layout: Layout, x: &[f32], depth: usize) -> Vec<Line> {
+    let vectors = x.len().checked_div(depth).unwrap_or(0);
+    let mut lines = Vec::with_capacity(vectors * layout.stride(depth) / 16);
     dispatch::run(LayOut {
         layout,
         x,
         depth,
-        words: &mut words,
+        lines: &mut lines,
     });
-    words
+    lines
 }
 
 struct LayOut<'a> {
     layout: Layout,
     x: &'a [f32],
     depth: usize,
-    words: &'a mut Vec<u32>,
+    lines: &'a mut Vec<Line>,
 }
 
 impl Loop for LayOut<'_> {
@@ -101,54 +113,44 @@ impl Loop for LayOut<'_> {
         for x in self.x.chunks_exact(self.depth) {
             let (blocks, rest) = x.as_chunks::<BLOCK>();
             for block in blocks {
-                words(self.layout, block, self.words);
+                lay_out_block(self.layout, block, self.lines);
             }
             if !rest.is_empty() {
                 let mut block = [0f32; BLOCK];
                 block[..rest.len()].copy_from_slice(rest);
-                words(self.layout, &block, self.words);
+                lay_out_block(self.layout, &block, self.lines);
             }
         }
     }
 }
 
 #[inline(always)]
-fn words(layout: Layout, block: &[f32; BLOCK], out: &mut Vec<u32>) {
-    let split = |chunk: &[f32]| {
-        let even: [f32; 32] = std::array::from_fn(|i| chunk.get(2 * i).copied().unwrap_or(0.));
-        let odd: [f32; 32] = std::array::from_fn(|i| chunk.get(2 * i + 1).copied().unwrap_or(0.));
-        (even, odd)
-    };
+fn lay_out_block(layout: Layout, block: &[f32; BLOCK], out: &mut Vec<Line>) {
     let pair = |low: f32, high: f32| bf16_bits(low) | bf16_bits(high) << 16;
-    match layout {
-        Layout::Plain => out.extend(block.map(f32::to_bits)),
-        Layout::Split8 | Layout::Split16 => {
-            let size = if layout == Layout::Split8 { 8 } else { 16 };
-            for chunk in block.chunks_exact(2 * size) {
-                let (even, odd) = split(chunk);
-                out.extend(even[..size].iter().map(|x| x.to_bits()));
-                out.extend(odd[..size].iter().map(|x| x.to_bits()));
-            }
-        }
-        Layout::Pairs => out.extend(block.as_chunks::<2>().0.iter().map(|[a, b]| pair(*a, *b))),
-        Layout::SplitPairs => {
-            let (fours, _) = block.as_chunks::<4>();
-            out.extend(fours.iter().map(|[a, _, c, _]| pair(*a, *c)));
-            out.extend(fours.iter().map(|[_, b, _, d]| pair(*b, *d)));
-        }
+    let line = |word: &dyn Fn(usize) -> u32| Line(std::array::from_fn(word));
+    for number in 0..layout.words() / 16 {
+        let first = number * 16;
+        out.push(match layout {
+            Layout::Plain => line(&|i| block[first + i].to_bits()),
+            Layout::Split8 => line(&|i| block[first + i % 8 * 2 + i / 8].to_bits()),
+            // Lines of even indices and of odd ones in turn.
+            Layout::Split16 => line(&|i| block[number / 2 * 32 + 2 * i + number % 2].to_bits()),
+            Layout::Pairs => line(&|i| pair(block[2 * (first + i)], block[2 * (first + i) + 1])),
+            Layout::SplitPairs => line(&|i| pair(block[4 * i + number], block[4 * i + 2 + number])),
+        });
     }
 }
 
 /// Computes some rows of a product from the words that [`lay_out`] made of its vectors.
-pub(super) fn run(part: &Part<'_>, layout: Layout, words: &[u32]) {
+pub(super) fn run(part: &Part<'_>, layout: Layout, lines: &[Line]) {
     let depth = part.weight.depth();
     let stride = layout.stride(depth);
     let job = Job {
         depth,
         rows: part.rows.clone(),
-        x: words,
+        x: lines,
         stride,
-        vectors: words.len().checked_div(stride).unwrap_or(0),
+        vectors: (lines.len() * 16).checked_div(stride).unwrap_or(0),
         out: part.out,
     };
     assert!(
@@ -195,7 +197,7 @@ pub(super) fn run(part: &Part<'_>, layout: Layout, words: &[u32]) {
 struct Job<'a> {
     depth: usize,
     rows: Range<usize>,
-    x: &'a [u32],
+    x: &'a [Line],
     stride: usize,
     vectors: usize,
     out: Outputs,
@@ -232,6 +234,11 @@ unsafe fn avx2<W: Weight<Floats256>>(w: W, job: &Job<'_>) {
 #[inline(always)]
 unsafe fn all<A: Arithmetic, W: Weight<A>, const M: usize>(w: W, job: &Job<'_>) {
     let mut vector = 0;
+    if M == 8 && W::IS_CONVERTED && job.vectors >= MANY {
+        vector = job.vectors / 8 * 8;
+        // SAFETY: the caller's promise, and so many vectors are there.
+        unsafe { converted::<A, W>(w, job, vector) };
+    }
     while vector < job.vectors {
         // SAFETY: the caller's promise, and so many vectors are left.
         unsafe {
@@ -248,6 +255,10 @@ unsafe fn all<A: Arithmetic, W: Weight<A>, const M: usize>(w: W, job: &Job<'_>) 
 /// Multiplies all rows by `V` vectors from `first` on, one row after the other, because one sequential read of memory is twice as
 /// fast as several in parallel. Returns `V`.
 ///
+/// Eight vectors take two neighbouring rows at a time where that costs no second conversion of the weights: four of them, and then the
+/// other four, while the rows are in the first cache. So a value of a vector is loaded once for two rows, which else takes as long as
+/// multiplying.
+///
 /// # Safety
 /// See [`all`]; so many vectors are there.
 #[inline(always)]
@@ -256,11 +267,133 @@ unsafe fn through<A: Arithmetic, W: Weight<A>, const V: usize>(
     job: &Job<'_>,
     first: usize,
 ) -> usize {
-    for row in job.rows.clone() {
+    let mut rows = job.rows.clone();
+    if V == 8 && !W::IS_CONVERTED {
+        while rows.len() >= 2 {
+            // SAFETY: the caller's promise, and two rows are left.
+            unsafe {
+                two_rows::<A, W, true>(w, job, rows.start, first);
+                two_rows::<A, W, false>(w, job, rows.start, first + 4);
+            }
+            rows.start += 2;
+        }
+    }
+    for row in rows {
         // SAFETY: the caller's promise.
         unsafe { sums::<A, W, V>(w, job, row, first) };
     }
     V
+}
+
+/// Multiplies a row and the next one by four vectors, in the order of [`sums`]. `AHEAD` says whether weights are asked for.
+///
+/// # Safety
+/// See [`all`]; four vectors and two rows are there.
+#[inline(always)]
+unsafe fn two_rows<A: Arithmetic, W: Weight<A>, const AHEAD: bool>(
+    w: W,
+    job: &Job<'_>,
+    row: usize,
+    first: usize,
+) {
+    let words = 2 * W::PAIRS * A::WORDS;
+    let whole = job.depth / BLOCK;
+    // SAFETY: as in `sums`.
+    unsafe {
+        let mut x = job.x.as_ptr().cast::<u32>().add(first * job.stride);
+        // Those of the first row, and then those of the second.
+        let mut sums = [[A::zero(); 2]; 8];
+        for block in 0..whole {
+            let blocks = [w.block(row, block), w.block(row + 1, block)];
+            if AHEAD {
+                W::prefetch(&blocks[0]);
+                W::prefetch(&blocks[1]);
+            }
+            step_of_two::<A, W>(&mut sums, &blocks, x, job.stride);
+            x = x.add(words);
+        }
+        if !job.depth.is_multiple_of(BLOCK) {
+            let mut rooms = [W::Room::default(); 2];
+            let [room, other] = &mut rooms;
+            let blocks = [w.rest(row, room), w.rest(row + 1, other)];
+            step_of_two::<A, W>(&mut sums, &blocks, x, job.stride);
+        }
+        for (number, total) in A::totals(sums).into_iter().enumerate() {
+            job.out.put(first + number % 4, row + number / 4, total);
+        }
+    }
+}
+
+/// [`step`] for a block of each of two rows.
+///
+/// # Safety
+/// See [`step`]; four vectors are there.
+#[inline(always)]
+unsafe fn step_of_two<A: Arithmetic, W: Weight<A>>(
+    sums: &mut [[A::Sum; 2]; 8],
+    blocks: &[W::Block; 2],
+    x: *const u32,
+    stride: usize,
+) {
+    for pair in 0..W::PAIRS {
+        // SAFETY: the caller's promise.
+        unsafe {
+            let weights = [W::pair(&blocks[0], pair), W::pair(&blocks[1], pair)];
+            let index = 2 * pair * A::WORDS;
+            for v in 0..4 {
+                let x = x.add(v * stride + index);
+                let x = [A::load(x), A::load(x.add(A::WORDS))];
+                for (row, [even, odd]) in weights.into_iter().enumerate() {
+                    let sums = &mut sums[4 * row + v];
+                    sums[0] = A::add(sums[0], even, x[0]);
+                    sums[1] = A::add(sums[1], odd, x[1]);
+                }
+            }
+        }
+    }
+}
+
+/// Multiplies all rows by the first `vectors` vectors, a multiple of eight: two rows are converted, into the first cache, and then multiplied
+/// by four vectors at a time.
+///
+/// # Safety
+/// See [`all`]; so many vectors are there.
+#[inline(always)]
+unsafe fn converted<A: Arithmetic, W: Weight<A>>(w: W, job: &Job<'_>, vectors: usize) {
+    let blocks = job.depth / BLOCK;
+    let mut room: Vec<[A::Factors; 2]> = Vec::with_capacity(2 * blocks * W::PAIRS);
+    let values = room.as_mut_ptr();
+    let mut rows = job.rows.clone();
+    while rows.len() >= 2 {
+        for index in 0..2 * blocks {
+            // SAFETY: the caller's promise; there is room for the pairs of both rows' blocks.
+            unsafe {
+                let block = w.block(rows.start + index / blocks, index % blocks);
+                W::prefetch(&block);
+                for pair in 0..W::PAIRS {
+                    let to = values.add(index * W::PAIRS + pair);
+                    to.write(W::pair(&block, pair));
+                }
+            }
+        }
+        let two = Converted::<A, W> {
+            values,
+            first: rows.start,
+            blocks,
+            of: PhantomData,
+        };
+        for vector in (0..vectors).step_by(4) {
+            // SAFETY: the caller's promise; `two` has these rows, and a weight that is converted has no incomplete blocks.
+            unsafe { two_rows::<A, _, false>(two, job, rows.start, vector) };
+        }
+        rows.start += 2;
+    }
+    for row in rows {
+        for vector in (0..vectors).step_by(8) {
+            // SAFETY: the caller's promise.
+            unsafe { sums::<A, W, 8>(w, job, row, vector) };
+        }
+    }
 }
 
 /// Multiplies a row by `V` vectors. The order of each sum does not depend on `V`.
@@ -278,7 +411,7 @@ unsafe fn sums<A: Arithmetic, W: Weight<A>, const V: usize>(
     let whole = job.depth / BLOCK;
     // SAFETY: each vector has `stride` words, a whole number of blocks that covers the depth; rows and results are the caller's promise.
     unsafe {
-        let mut x = job.x.as_ptr().add(first * job.stride);
+        let mut x = job.x.as_ptr().cast::<u32>().add(first * job.stride);
         let mut sums = [[A::zero(); 2]; V];
         for block in 0..whole {
             let block = w.block(row, block);

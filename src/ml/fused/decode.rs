@@ -78,6 +78,16 @@ impl Entries {
         }
     }
 
+    /// The first so many numbers of each.
+    fn beginning(&self, count: usize) -> Self {
+        match self {
+            Self::F32(keys, values) => Self::F32(keys[..count].to_vec(), values[..count].to_vec()),
+            Self::Bf16(keys, values) => {
+                Self::Bf16(keys[..count].to_vec(), values[..count].to_vec())
+            }
+        }
+    }
+
     /// A range of the keys and the same range of the values.
     fn span(&self, span: Range<usize>) -> (Cached<'_>, Cached<'_>) {
         match self {
@@ -410,5 +420,20 @@ impl backend::Decoder for Decoder<'_> {
             entries.truncate(length * width);
         }
         Ok(())
+    }
+
+    fn copy_beginning(&mut self, from: usize, to: usize, length: usize) -> Result<bool> {
+        let count = length * self.model.arch.head_dim;
+        let found = self.sequences.get(from);
+        let Some(from) = found.filter(|from| from.length >= length) else {
+            bail!("there are no {length} tokens of text {from} to copy");
+        };
+        let cache = from.cache.iter().map(|entries| entries.beginning(count));
+        let cache = cache.collect();
+        let Some(to) = self.sequences.get_mut(to) else {
+            bail!("there is no text {to}");
+        };
+        *to = CachedSequence { length, cache };
+        Ok(true)
     }
 }

@@ -2,7 +2,7 @@
 
 use candle_core::DType;
 use half::{bf16, f16};
-use pipeline_kernels::FloatType;
+use pipeline_kernels::{FloatType, bf16 as bf16_kernels};
 use safetensors::Dtype;
 
 /// A floating-point type that weights may be stored in.
@@ -107,11 +107,7 @@ impl Float {
                     *out = f16::from_bits(bits).to_f32();
                 }
             }
-            Self::BF16 => {
-                for (out, bits) in out.iter_mut().zip(pairs) {
-                    *out = f32::from_bits(u32::from(bits) << 16);
-                }
-            }
+            Self::BF16 => bf16_kernels::from_bytes(bytes, out),
         }
     }
 
@@ -145,11 +141,7 @@ impl Float {
                     *out = f16::from_f32(*value).to_le_bytes();
                 }
             }
-            Self::BF16 => {
-                for (out, value) in out.as_chunks_mut::<2>().0.iter_mut().zip(values) {
-                    *out = bf16::from_f32(*value).to_le_bytes();
-                }
-            }
+            Self::BF16 => bf16_kernels::to_bytes(values, out),
         }
     }
 }

@@ -1,7 +1,7 @@
 //! Sums of products in registers, and the conversion of stored weights to what is multiplied there.
 
 use std::arch::x86_64::{
-    __m256, __m256i, __m512, __m512bh, __m512i, _MM_HINT_T0, _mm_loadl_epi64, _mm_loadu_si128,
+    __m256, __m256i, __m512, __m512bh, __m512i, _MM_HINT_T1, _mm_loadl_epi64, _mm_loadu_si128,
     _mm_prefetch, _mm256_add_epi32, _mm256_and_si256, _mm256_blendv_ps, _mm256_castps_si256,
     _mm256_castsi256_ps, _mm256_cvtepu8_epi32, _mm256_fmadd_ps, _mm256_loadu_ps,
     _mm256_loadu_si256, _mm256_mul_ps, _mm256_permutevar8x32_ps, _mm256_set1_epi32, _mm256_set1_ps,
@@ -228,6 +228,8 @@ pub(super) trait Weight<A: Arithmetic>: Copy {
     type Room: Copy + Default;
     /// The number of pairs of registers that hold 64 weights.
     const PAIRS: usize;
+    /// Whether it takes more than loading, shifting and masking to make numbers of stored weights.
+    const IS_CONVERTED: bool;
     unsafe fn block(self, row: usize, block: usize) -> Self::Block;
     /// The weights of a row after its last whole block, copied to `room` and followed by zeros.
     unsafe fn rest(self, row: usize, room: &mut Self::Room) -> Self::Block;
@@ -236,16 +238,17 @@ pub(super) trait Weight<A: Arithmetic>: Copy {
     fn prefetch(block: &Self::Block);
 }
 
-/// How many bytes ahead of those in use a weight is asked for.
-const AHEAD: usize = 2048;
+/// How many blocks ahead of the one in use a weight is asked for.
+const AHEAD: usize = 64;
 
-/// Asks for the cache lines of `BYTES` bytes that lie [`AHEAD`] of an address. What does not exist there is not asked for.
+/// Asks for the cache lines of a block of `BYTES` bytes that lies [`AHEAD`] of an address, so that they come as far as the second cache:
+/// the first one has too few places for lines that are on their way. What does not exist there is not asked for.
 #[inline(always)]
 fn prefetch<const BYTES: usize>(from: *const u8) {
     for line in 0..BYTES.div_ceil(64) {
-        let address = from.wrapping_add(AHEAD + line * 64);
+        let address = from.wrapping_add(AHEAD * BYTES + line * 64);
         // SAFETY: every address may be asked for, and every x86-64 processor has the instruction.
-        unsafe { _mm_prefetch::<_MM_HINT_T0>(address.cast()) };
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(address.cast()) };
     }
 }
 
@@ -294,6 +297,7 @@ macro_rules! dense {
             type Block = *const $stored;
             type Room = Room<$stored>;
             const PAIRS: usize = $pairs;
+            const IS_CONVERTED: bool = false;
 
             #[inline(always)]
             unsafe fn block(self, row: usize, block: usize) -> *const $stored {
@@ -435,6 +439,7 @@ impl<const ROUNDING: u8> Weight<Floats512> for Codes<ROUNDING> {
     type Block = (*const u8, __m512);
     type Room = ();
     const PAIRS: usize = 2;
+    const IS_CONVERTED: bool = true;
 
     #[inline(always)]
     unsafe fn block(self, row: usize, block: usize) -> Self::Block {
@@ -474,6 +479,7 @@ impl Weight<Pairs512> for Codes<BF16> {
     type Block = (*const u8, __m512i);
     type Room = ();
     const PAIRS: usize = 1;
+    const IS_CONVERTED: bool = true;
 
     #[inline(always)]
     unsafe fn block(self, row: usize, block: usize) -> Self::Block {
@@ -516,6 +522,7 @@ impl<const ROUNDING: u8> Weight<Floats256> for Codes<ROUNDING> {
     type Block = (*const u8, [__m256; 2]);
     type Room = ();
     const PAIRS: usize = 4;
+    const IS_CONVERTED: bool = true;
 
     #[inline(always)]
     unsafe fn block(self, row: usize, block: usize) -> Self::Block {

@@ -1,10 +1,13 @@
 //! Text generation beside the reference.
 
+use std::ops::ControlFlow;
+
 use super::super::decode;
 use super::*;
-use crate::ml::backend::{Decoder as _, Token};
-use crate::ml::generate::greedy;
+use crate::ml::backend::Token;
+use crate::ml::generate::{Answer, Finish, Generator, Listener, greedy};
 use crate::ml::model::Cache;
+use crate::ml::sampling::Sampler;
 
 pub(super) const SEQUENCES: [&[u32]; 3] = [&[5, 90, 7, 300, 41, 2], &[500], &[12, 13, 14]];
 
@@ -85,4 +88,57 @@ fn both_backends_answer_alike() {
     assert!(decoder.step(&[token(0)], &[1]).is_err());
     assert!(decoder.step(&[token(1)], &[0]).is_err());
     assert!(decoder.step(&[token(0); 3], &[2]).is_err());
+}
+
+/// Counts the steps of the model, and ends the generation before one of them.
+struct Counting {
+    steps: usize,
+    most: usize,
+}
+
+impl Listener for Counting {
+    fn step(&mut self) -> anyhow::Result<ControlFlow<()>> {
+        if self.steps == self.most {
+            return Ok(ControlFlow::Break(()));
+        }
+        self.steps += 1;
+        Ok(ControlFlow::Continue(()))
+    }
+}
+
+/// What prompts begin with is computed once, and each of them gets the answer that it gets alone, to the bit of its logits.
+#[test]
+fn prompts_that_begin_alike_share_what_they_begin_with() {
+    let system: Vec<u32> = (0..40).map(|at| at * 37 % 1000).collect();
+    let with = |more: &[u32]| [&system[..], more].concat();
+    let prompts = [
+        with(&[5, 90, 7]),
+        with(&[8, 3, 11, 60, 2]),
+        with(&[8, 3, 11, 61, 2, 4]),
+        vec![1, 2, 3],
+        with(&[5, 90, 7]),
+        system[..20].to_vec(),
+    ];
+    let prompts: Vec<&[u32]> = prompts.iter().map(Vec::as_slice).collect();
+    for compute in [DType::F32, DType::BF16] {
+        let model = golden::model("model", Some("adapter_final"), Trained::Nothing, compute);
+        let execution = Execution::new(&model, Kind::default());
+        let answers = |prompts: &[&[u32]], most| {
+            let mut generator = Generator::new(&execution, prompts.len(), 64, Pass::INFER).unwrap();
+            let mut samplers = vec![Sampler::greedy(); prompts.len()];
+            let mut counting = Counting { steps: 0, most };
+            let answers = generator.answer(prompts, 8, &[], &mut samplers, &mut counting);
+            (answers.unwrap(), counting.steps)
+        };
+        let (together, steps) = answers(&prompts, usize::MAX);
+        for (prompt, answer) in prompts.iter().zip(&together) {
+            assert_eq!(answers(&[*prompt], usize::MAX).0[0], *answer, "{compute:?}");
+        }
+        // 32 and 11 tokens of the first prompt, 5 of the second, which the third begins with, 8 of the others; then the answers.
+        assert_eq!(steps, 4 + 7, "{compute:?}");
+        let (broken, steps) = answers(&prompts, 1);
+        assert_eq!(steps, 1);
+        let is_broken = |answer: &Answer| answer.finish == Finish::Broken && answer.ids.is_empty();
+        assert!(broken.iter().all(is_broken), "{compute:?}");
+    }
 }
