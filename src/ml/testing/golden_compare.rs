@@ -158,13 +158,13 @@ impl Comparison {
 
     /// Every number of the last evaluation among `logs` beside that of the reference: the same names, and what they are.
     pub(in crate::ml) fn evaluation(&mut self, logs: &[Log], theirs: &serde_json::Value) {
-        let ours = logs.iter().rfind(is_evaluation).unwrap();
+        let ours = logs.iter().rfind(|log| is_evaluation(log)).unwrap();
         self.evaluated("the evaluation", ours, theirs);
     }
 
     /// As [`Comparison::evaluation`], of all evaluations of a training, after the same steps.
     pub(in crate::ml) fn evaluations(&mut self, logs: &[Log], theirs: &[serde_json::Value]) {
-        let ours: Vec<_> = logs.iter().filter(is_evaluation).collect();
+        let ours: Vec<_> = logs.iter().filter(|log| is_evaluation(log)).collect();
         assert_eq!(ours.len(), theirs.len(), "{}", self.run);
         for (ours, theirs) in ours.into_iter().zip(theirs) {
             assert_eq!(theirs["step"], ours.step, "{}", self.run);
@@ -210,7 +210,7 @@ impl Comparison {
     }
 }
 
-fn is_evaluation(log: &&Log) -> bool {
+fn is_evaluation(log: &Log) -> bool {
     log.values.contains_key("eval_loss")
 }
 

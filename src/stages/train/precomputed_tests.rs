@@ -42,10 +42,8 @@ fn last_evaluation(files: &BTreeMap<String, Vec<u8>>) -> Value {
         .unwrap()
         .lines();
     let steps = lines.map(|line| serde_json::from_str::<Value>(line).unwrap());
-    steps
-        .filter(|step| step.get("eval_loss").is_some())
-        .last()
-        .unwrap()
+    let mut evaluations = steps.filter(|step| step.get("eval_loss").is_some());
+    evaluations.next_back().unwrap()
 }
 
 /// 6348: the log-probabilities were looked for in a file that nobody had written. 6443: where every weight is trained, an evaluation after
