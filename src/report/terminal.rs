@@ -523,23 +523,18 @@ impl<W: Write> Terminal<W> {
     fn add_line(&mut self, style: Style, label: &str, text: &str, more: &str) {
         self.table.interrupt();
         let text = harmless(text).replace("; hint: ", "\nhint: ");
-        let text = if more.is_empty() {
-            text.trim_end()
-        } else {
-            &text
-        };
         let columns = self
             .room()
             .map_or(usize::MAX, |columns| columns.saturating_sub(INDENT).max(8));
+        let fits = width(&text) + width(more) <= columns;
+        let (text, more) = match more {
+            more if fits && !more.is_empty() => (text.as_str(), paint(DIM, more)),
+            _ => (text.trim_end(), String::new()),
+        };
         let lines = text.split('\n').flat_map(|line| wrap(line, columns));
         for (index, line) in lines.enumerate() {
             let label = if index == 0 { label } else { "" };
-            let fits = index == 0 && width(&line) + width(more) <= columns;
-            let more = if fits && !more.is_empty() {
-                paint(DIM, more)
-            } else {
-                String::new()
-            };
+            let more = if index == 0 { more.as_str() } else { "" };
             let label = paint(style, &format!("{label:>9}"));
             self.write(&format!("{label}  {line}{more}"));
         }

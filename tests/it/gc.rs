@@ -58,6 +58,24 @@ fn what_nobody_needs_is_removed() {
 }
 
 #[test]
+fn what_a_profile_makes_can_be_kept() {
+    let project = Project::empty();
+    let profiles = "profiles: { two: { stages.split.split_dataset.test_size: 2 } }\n";
+    project.write("r.yaml", &format!("{RECIPE}{profiles}"));
+    let row = |n| format!("{{\"prompt\": \"p{n}\", \"chosen\": \"c\", \"rejected\": \"r\"}}\n");
+    project.write("pairs.jsonl", &(0..5).map(row).collect::<String>());
+    project.succeeds(&["run", "r.yaml", "--profile", "two"]);
+    project.succeeds(&["run", "r.yaml"]);
+    project.succeeds(&["gc", "r.yaml", "--profile", "two", "--keep-runs", "0"]);
+    assert_eq!(
+        project.ran(&["r.yaml", "--profile", "two"]),
+        <[&str; 0]>::default()
+    );
+    assert_eq!(project.ran(&["r.yaml"]), ["split"]);
+    project.succeeds(&["validate", "r.yaml", "--profile", "two"]);
+}
+
+#[test]
 fn what_a_running_runner_uses_stays() {
     let project = Project::with_recipes();
     let recipe = "recipes/quickstart.yaml";

@@ -138,3 +138,49 @@ pub(in crate::cli) fn differing(runs: &[&RunInfo]) -> Vec<String> {
     };
     names.into_iter().filter(differs).cloned().collect()
 }
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn info(parameters: &[(&str, Value)]) -> RunInfo {
+        let stages: BTreeMap<&str, Value> = ["tuned[beta=0.1]", "scores"]
+            .into_iter()
+            .map(|stage| {
+                let ran = json!({ "fingerprint": "f", "artifact": null, "ran": true });
+                (stage, ran)
+            })
+            .collect();
+        let run = json!({
+            "format": 1, "number": 1, "started": 0, "seconds": 1.0, "outcome": "done", "stages": stages,
+        });
+        let parameters = parameters.iter();
+        RunInfo {
+            run: serde_json::from_value(run).unwrap(),
+            parameters: parameters
+                .map(|(name, value)| ((*name).to_owned(), value.clone()))
+                .collect(),
+            metrics: BTreeMap::new(),
+        }
+    }
+
+    #[test]
+    fn a_stage_that_a_run_did_not_reach_differs_in_nothing() {
+        let whole = info(&[
+            ("tuned[beta=0.1].r", json!(8)),
+            ("tuned[beta=0.1].seed", json!(1)),
+            ("scores.split", json!("test")),
+        ]);
+        let stopped = info(&[("tuned[beta=0.1].r", json!(8))]);
+        assert_eq!(differing(&[&whole, &stopped]), ["tuned[beta=0.1].seed"]);
+    }
+
+    #[test]
+    fn stages_may_have_dots_in_their_names() {
+        assert!(is_watched("tuned[beta=0.1].eval_loss"));
+        assert!(is_watched("prep.scores.rewards/accuracies"));
+        assert!(!is_watched("tuned[beta=0.1].grad_norm"));
+    }
+}
