@@ -41,7 +41,7 @@ stages:
       per_device_train_batch_size: 2
       gradient_accumulation_steps: 8
       logging_steps: 1
-      save_strategy: 'no'
+      save_steps: 100000
 """
 # They share one machine.
 MPI = {
@@ -55,7 +55,7 @@ MPI = {
 def seconds_a_step(pipeline, folder, processes, threads):
     """The median time of a step, by a training of its own."""
     resources = f"stages.tuned.resources={{ processes: {processes}, cpus: {processes * threads} }}"
-    command = [pipeline, "run", "r.yaml", "tuned", "--force", "tuned", "--json", "--set", resources]
+    command = [pipeline, "run", "r.yaml", "tuned", "--force", "tuned", "--json", "--cpus", "8", "--set", resources]
     run = subprocess.Popen(command, cwd=folder, env={**os.environ, **MPI}, stdout=subprocess.PIPE, text=True)
     times = []
     for line in run.stdout:

@@ -37,8 +37,10 @@ fn two_nodes_train_as_two_processes_of_one_machine_do() {
         return;
     };
     let here = shared(&cluster);
-    here.succeeds(&["run", "r.yaml"]);
-    let expected = here.artifacts(&["r.yaml"]);
+    // As many as the nodes claim to have.
+    let local = ["r.yaml", "--cpus", "4"];
+    here.succeeds(&[&["run"], &local[..]].concat());
+    let expected = here.artifacts(&local);
 
     let there = shared(&cluster);
     let told = events(&there.succeeds(&["run", "--json", "r.yaml", "--executor", "cluster"]));
@@ -47,7 +49,7 @@ fn two_nodes_train_as_two_processes_of_one_machine_do() {
         of_tuned.iter().any(|text| text.ends_with("runs on n[1-2]")),
         "{of_tuned:?}"
     );
-    assert_eq!(there.artifacts(&["r.yaml"]), expected);
+    assert_eq!(there.artifacts(&local), expected);
 
     // One of the two dies on its node; all of it ends, and the next attempt goes on from the checkpoint to the same bytes.
     let again = shared(&cluster);
@@ -70,6 +72,6 @@ fn two_nodes_train_as_two_processes_of_one_machine_do() {
             .any(|text| text.contains("from a checkpoint")),
         "{of_tuned:?}"
     );
-    assert_eq!(again.artifacts(&["r.yaml"]), expected);
+    assert_eq!(again.artifacts(&local), expected);
     assert_eq!(jobs_left(&again), 0);
 }
