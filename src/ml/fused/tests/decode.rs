@@ -2,7 +2,7 @@
 
 use super::super::decode;
 use super::*;
-use crate::ml::backend::{Decoder as _, Token};
+use crate::ml::backend::Token;
 use crate::ml::generate::greedy;
 use crate::ml::model::Cache;
 
