@@ -216,8 +216,8 @@ impl PassSizes {
         }
         working += self.joined();
         if self.dora {
-            // The gradients of gate and up as it scales them, and what it scales of one of them.
-            working += 3 * i;
+            // The gradients of gate and up as it scales them; what it scales of one of them finds room in what the attention takes later.
+            working += 2 * i;
         }
         if self.half {
             // As factors: gate and up, an input, queries, keys and values.

@@ -9,7 +9,7 @@ use std::io::Write as _;
 use candle_core::{DType, Device, Tensor};
 use serde_json::json;
 
-use crate::ml::adapter::{Adapter, AdapterConfig, LoraPair, NewAdapter};
+use crate::ml::adapter::{Adapter, AdapterConfig, LoraPair, Names, NewAdapter};
 use crate::ml::fused::Packing;
 use crate::ml::io::weights::{SINGLE, Weights};
 use crate::ml::loss::Loss;
@@ -73,6 +73,7 @@ fn folder(in_4_bits: bool) -> tempfile::TempDir {
 fn adapter(arch: &Arch, r: usize) -> Adapter {
     let new = NewAdapter {
         r,
+        target_modules: Names::Pattern(".*_proj".into()),
         ..NewAdapter::default()
     };
     let small = Arch::read(&super::golden::folder("model")).unwrap();

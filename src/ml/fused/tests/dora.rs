@@ -80,5 +80,9 @@ fn in_bf16_it_is_as_near_as_the_reference() {
     let model = model("model", 0., Trained::Adapter, DType::BF16);
     let plain = run(&model, Kind::Reference, ORPO, false);
     let ours = run(&model, Kind::Fused(SHARED), ORPO, false);
-    compare(&ours, &plain, SHARED, 2e-3, 3e-2);
+    // The reference rounds results too, ours the factors alone.
+    compare(&ours, &plain, SHARED, 2e-3, 5e-2);
+    let exact = self::model("model", 0., Trained::Adapter, DType::F32);
+    let exact = run(&exact, Kind::Reference, ORPO, false);
+    compare(&ours, &exact, SHARED, 2e-3, 5e-2);
 }
