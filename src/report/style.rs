@@ -51,7 +51,8 @@ fn without_our_styles(text: &str) -> Option<String> {
         plain.push_str(rest);
     }
     // C1 control characters are two bytes in UTF-8.
-    (plain.is_ascii() || !plain.chars().any(char::is_control)).then_some(plain)
+    let steers = |c: char| c.is_control() && c != '\n';
+    (plain.is_ascii() || !plain.chars().any(steers)).then_some(plain)
 }
 
 #[cfg(test)]
