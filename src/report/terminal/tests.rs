@@ -401,7 +401,9 @@ fn at_a_terminal_lines_move_and_leave_nothing_behind() {
         }
         // Nor is any line that stays wider than the terminal was.
         if let [columns] = widths {
-            let widest = left.lines().map(width).max().unwrap();
+            // But for a word that is wider than the room for it.
+            let several = left.lines().filter(|line| line.trim().contains(' '));
+            let widest = several.map(width).max().unwrap();
             assert!(widest <= *columns, "{widths:?}\n{left}");
         }
     }
