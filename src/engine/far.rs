@@ -137,18 +137,15 @@ impl Sending<'_> {
     /// Sends the files at a path of a recipe.
     fn source(&self, path: &Path, known: &BTreeMap<&Path, &Entry>) -> anyhow::Result<FarSource> {
         let pattern = Pattern::parse(path);
-        let (folder, below, prefix) = match &pattern {
-            Some(pattern) => {
-                let below = pattern.below(Path::new(""));
-                (pattern.folder().to_owned(), below, PathBuf::new())
-            }
-            None => {
-                let Some(name) = path.file_name() else {
-                    bail!("`{}` has no name of its own", path.display());
-                };
-                let folder = path.parent().unwrap_or(path).to_owned();
-                (folder, PathBuf::from(name), PathBuf::from(name))
-            }
+        let (folder, below, prefix) = if let Some(pattern) = &pattern {
+            let below = pattern.below(Path::new(""));
+            (pattern.folder().to_owned(), below, PathBuf::new())
+        } else {
+            let Some(name) = path.file_name() else {
+                bail!("`{}` has no name of its own", path.display());
+            };
+            let folder = path.parent().unwrap_or(path).to_owned();
+            (folder, PathBuf::from(name), PathBuf::from(name))
         };
         let mut manifest = Manifest::default();
         let mut programs = Vec::new();

@@ -2,6 +2,7 @@
 //! folder, as if they had written it there.
 
 use std::collections::BTreeMap;
+use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, ensure};
@@ -27,6 +28,8 @@ pub struct Away {
     variables: BTreeMap<String, String>,
     /// The runner's store.
     store: Store,
+    /// Held while something is sent: a hundred combinations of a matrix would send the same model.
+    sending: Mutex<()>,
 }
 
 impl Away {
@@ -36,6 +39,7 @@ impl Away {
             shared,
             variables,
             store,
+            sending: Mutex::default(),
         }
     }
 
@@ -63,6 +67,7 @@ impl Away {
         folder: &JobFolder,
         control: &Control,
     ) -> anyhow::Result<Digest> {
+        let _one = self.sending.lock().unwrap_or_else(PoisonError::into_inner);
         let send = || -> anyhow::Result<Digest> {
             let far = FarTask::send(task, &self.store, &self.shared, control.flag())?;
             let json = serde_json::to_vec(&far)?;

@@ -5,10 +5,8 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-/// After this time without another one, those that came are all.
-const QUIET: Duration = Duration::from_millis(300);
-/// After this time the first one waits no longer.
-const LONGEST: Duration = Duration::from_secs(5);
+/// After so many times of quiet the first one waits no longer, though others still come.
+const LONGEST: u32 = 15;
 const TICK: Duration = Duration::from_millis(20);
 
 /// Submissions of `T` with answers `A`, by what those have in common that are alike.
@@ -39,8 +37,8 @@ impl<K, T, A> Default for Gathering<K, T, A> {
 }
 
 impl<K: Ord + Clone, T, A> Gathering<K, T, A> {
-    /// Waits for others like this one, until so many are there or no more come.
-    pub(super) fn join(&self, like: &K, one: T, most: usize) -> Role<T, A> {
+    /// Waits for others like this one, until so many are there or none has come for some time.
+    pub(super) fn join(&self, like: &K, one: T, most: usize, quiet: Duration) -> Role<T, A> {
         let groups = || self.groups.lock().unwrap_or_else(PoisonError::into_inner);
         {
             let mut groups = groups();
@@ -62,8 +60,8 @@ impl<K: Ord + Clone, T, A> Gathering<K, T, A> {
             std::thread::sleep(TICK);
             let mut groups = groups();
             let ready = groups.get(like).is_none_or(|group| {
-                group.last.elapsed() >= QUIET
-                    || group.first.elapsed() >= LONGEST
+                group.last.elapsed() >= quiet
+                    || group.first.elapsed() >= quiet * LONGEST
                     || group.others.len() + 1 >= most
             });
             if ready {
@@ -83,6 +81,7 @@ mod tests {
     #[test]
     fn those_that_come_together_are_one_and_others_are_not() {
         let gathering: Gathering<&str, usize, usize> = Gathering::default();
+        let quiet = Duration::from_millis(300);
         let (barrier, firsts) = (Barrier::new(6), Mutex::new(Vec::new()));
         std::thread::scope(|scope| {
             for number in 0..6 {
@@ -90,7 +89,7 @@ mod tests {
                 scope.spawn(move || {
                     barrier.wait();
                     let like = if number < 5 { "a" } else { "b" };
-                    match gathering.join(&like, number, 100) {
+                    match gathering.join(&like, number, 100, quiet) {
                         Role::First(own, others) => {
                             firsts.lock().unwrap().push((own, others.len()));
                             for (other, answer) in others {
@@ -108,7 +107,7 @@ mod tests {
         assert_eq!(firsts.len(), 2);
         assert_eq!(firsts[1].1, 4);
         // Nobody waits for more than there may be.
-        let Role::First(7, none) = gathering.join(&"c", 7, 1) else {
+        let Role::First(7, none) = gathering.join(&"c", 7, 1, quiet) else {
             panic!("it is the only one")
         };
         assert!(none.is_empty());

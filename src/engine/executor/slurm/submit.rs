@@ -24,6 +24,10 @@ use super::{Answer, Like, NotPlaced, Order, PAUSE, Slurm, tell};
 
 /// How long a submission is tried while no controller answers.
 const LONGEST_SILENCE: Duration = Duration::from_mins(15);
+/// After this time without another one like it, those jobs that came are all that are submitted together.
+const QUIET: Duration = Duration::from_millis(300);
+/// The same where each has to be sent to the remote before.
+const QUIET_FAR: Duration = Duration::from_secs(2);
 /// The longest pause between two tries to submit; each is longer than the one before by half.
 const LONGEST_PAUSE: Duration = Duration::from_secs(30);
 
@@ -43,8 +47,8 @@ impl Slurm {
             control,
         };
         let answer = match like(task, &order) {
-            None => self.place_one(order, &teller),
-            Some(like) => self.place_together(&like, order, &teller),
+            None => self.place_one(&order, &teller),
+            Some(like) => self.place_together(&like, &order, &teller),
         };
         match answer {
             Ok(id) => {
@@ -64,17 +68,14 @@ impl Slurm {
         let settings = &self.cluster.settings;
         let mut environment = script::environment(task, &self.env, &settings.env);
         note_scratch(task);
-        let (place, environment) = match self.away() {
-            Some(away) => {
-                let digest = away.send(task, folder, control)?;
-                environment.extend(away.variables().clone());
-                let place = Place::Remote(Away::name(folder), digest);
-                (place, Some(environment))
-            }
-            None => {
-                folder.write_private(ENVIRONMENT, &script::lines(&environment))?;
-                (Place::Folder(folder.path().to_owned()), None)
-            }
+        let (place, environment) = if let Some(away) = self.away() {
+            let digest = away.send(task, folder, control)?;
+            environment.extend(away.variables().clone());
+            let place = Place::Remote(Away::name(folder), digest);
+            (place, Some(environment))
+        } else {
+            folder.write_private(ENVIRONMENT, &script::lines(&environment))?;
+            (Place::Folder(folder.path().to_owned()), None)
         };
         // From here on a runner that comes after this one looks for the job by its name.
         let (name, element) = (self.name_of(&task.stage, folder), None);
@@ -99,13 +100,18 @@ impl Slurm {
     }
 
     /// Submits a job, as one of an array if others like it come at the same time.
-    fn place_together(&self, like: &Like, order: Order, teller: &Teller<'_>) -> Answer {
+    fn place_together(&self, like: &Like, order: &Order, teller: &Teller<'_>) -> Answer {
         let most = self.client.largest_array().min(self.most_jobs());
-        match self.gathering.join(like, order.clone(), most) {
+        let quiet = if order.environment.is_some() {
+            QUIET_FAR
+        } else {
+            QUIET
+        };
+        match self.gathering.join(like, order.clone(), most, quiet) {
             Role::First(own, others) => {
                 let (others, listeners): (Vec<Order>, Vec<_>) = others.into_iter().unzip();
-                let orders = std::iter::once(own).chain(others).collect();
-                let mut answers = self.place_all(orders, most, teller).into_iter();
+                let orders: Vec<Order> = std::iter::once(own).chain(others).collect();
+                let mut answers = self.place_all(&orders, most, teller).into_iter();
                 let own = answers.next().unwrap_or(Err(NotPlaced::Stopped));
                 for (answer, listener) in answers.zip(listeners) {
                     // One that is gone wants to know nothing.
@@ -131,14 +137,14 @@ impl Slurm {
         }
     }
 
-    fn place_one(&self, order: Order, teller: &Teller<'_>) -> Answer {
-        let mut answers = self.place_all(vec![order], 1, teller);
+    fn place_one(&self, order: &Order, teller: &Teller<'_>) -> Answer {
+        let mut answers = self.place_all(std::slice::from_ref(order), 1, teller);
         answers.pop().unwrap_or(Err(NotPlaced::Stopped))
     }
 
     /// Submits jobs that are alike, as arrays of at most so many; gives an answer to each. Where the queue has no room for an array, the
     /// halves of it are tried.
-    fn place_all(&self, orders: Vec<Order>, most: usize, teller: &Teller<'_>) -> Vec<Answer> {
+    fn place_all(&self, orders: &[Order], most: usize, teller: &Teller<'_>) -> Vec<Answer> {
         let mut answers = Vec::with_capacity(orders.len());
         let mut open: VecDeque<&[Order]> = orders.chunks(most.max(1)).collect();
         while let Some(orders) = open.pop_front() {
