@@ -230,7 +230,7 @@ fn a_gpu_continues_texts_as_the_reference_does() {
         let answer = |model: &CausalLm| {
             let execution = Execution::placed(model, SHARED, &place).unwrap();
             let prompt: &[u32] = &[5, 90, 7];
-            greedy(&execution, &[prompt], 70, &[], Pass::INFER, &mut || Ok(())).unwrap()
+            greedy(&execution, &[prompt], 12, &[], Pass::INFER, &mut || Ok(())).unwrap()
         };
         let before = answer(&model);
         Execution::move_weights(&mut model, &place).unwrap();
@@ -253,16 +253,14 @@ fn a_gpu_answers_as_the_processor_does() {
     let plain = answers(&Execution::new(&model, Kind::default()), &prompts);
     let ours = Execution::placed(&model, SHARED, &place).unwrap();
     assert_eq!(answers(&ours, &prompts), plain);
-    for (prompt, answer) in prompts.iter().zip(&plain) {
-        assert_eq!(&answers(&ours, &[*prompt])[0], answer);
-    }
+    assert_eq!(answers(&ours, &prompts[2..])[0], plain[2]);
 }
 
 #[test]
 fn memory_that_runs_out_in_an_answer_is_an_error() {
-    let Some(place) = Place::of_tests() else {
+    if Place::of_tests().is_none() {
         return;
-    };
+    }
     let model = golden::model("model", None, Trained::Nothing, DType::F32);
     let answer = |allowed: u64| {
         let place = Place::of_tests().unwrap();
@@ -275,9 +273,8 @@ fn memory_that_runs_out_in_an_answer_is_an_error() {
     };
     let (answered, all) = answer(u64::MAX);
     answered.unwrap();
-    for allowed in (0..all).step_by(all.div_ceil(40) as usize) {
+    for allowed in (0..all).step_by(all.div_ceil(25) as usize) {
         let why = format!("{:#}", answer(allowed).0.unwrap_err());
         assert!(why.contains("the GPU has no memory left"), "{why}");
     }
-    let _ = place;
 }
