@@ -275,9 +275,17 @@ pub(crate) fn round_to_f16(x: f32) -> f32 {
     let rounded = (bits + 0xfff + ((bits >> 13) & 1)) & 0xffff_e000;
     let mut out = f32::reinterpret(rounded);
     if (bits & 0x7fff_ffff) < 0x3880_0000 {
-        // Below 2^-14: multiples of 2^-24. Adding 1.5 * 2^23 rounds to an integer, ties to even.
-        let shift = 12_582_912.0f32;
-        out = ((x * 16_777_216.0f32 + shift) - shift) * 5.960_464_5e-8f32;
+        // Below 2^-14: multiples of 2^-24, by whole numbers, because compilers take a large number that is added and subtracted for nothing.
+        let units = x.abs() * 16_777_216.0f32;
+        let mut whole = u32::cast_from(units);
+        let rest = units - f32::cast_from(whole);
+        if rest > 0.5f32 || (rest >= 0.5f32 && whole % 2 == 1) {
+            whole += 1u32;
+        }
+        out = f32::cast_from(whole) * 5.960_464_5e-8f32;
+        if x < 0.0f32 {
+            out = -out;
+        }
     }
     out
 }
