@@ -1,5 +1,7 @@
 //! A matrix of trainings on two nodes, of which one is lost in the middle.
 
+use std::collections::BTreeSet;
+
 use serde_json::Value;
 
 use super::{Running, jobs_left, project};
@@ -7,7 +9,7 @@ use crate::support::program::stages;
 use crate::support::slurm::Cluster;
 
 const MATRIX: &str = "  tuned:
-    train_orpo: { model: blank, dataset: tokens, max_steps: 60, save_steps: 1, logging_steps: 1, beta: '${beta}' }
+    train_orpo: { model: blank, dataset: tokens, max_steps: 400, save_steps: 10, logging_steps: 1, beta: '${beta}' }
     matrix: { beta: [0.05, 0.1, 0.2, 0.4] }
     resources: { cpus: 2 }
     retries: 2
@@ -36,13 +38,19 @@ fn a_matrix_outlives_one_of_its_nodes() {
             .as_str()
             .is_some_and(|stage| stage.starts_with("tuned"))
     };
-    run.wait_for("two trainings at a time", |event| {
-        event["event"] == "metrics" && tuned(event) && cluster.queued("RUNNING").len() == 2
+    // The queue is asked, not the events: those of a job come late and many at a time.
+    cluster.wait_until("two trainings run at a time", || {
+        let told = cluster.told("squeue", &["-h", "--states=RUNNING", "--format=%j"]);
+        told.lines().filter(|name| name.contains("tuned")).count() == 2
     });
-    run.wait_for("another step", |event| {
-        event["event"] == "metrics" && tuned(event)
+    let mut begun = BTreeSet::new();
+    run.wait_for("a step of both", |event| {
+        if event["event"] == "metrics" && tuned(event) {
+            begun.insert(event["stage"].to_string());
+        }
+        begun.len() == 2
     });
-    cluster.lose_node("n1");
+    cluster.cut_power("n1");
     run.wait_for("another try", |event| {
         event["event"] == "stage_retried" && tuned(event)
     });

@@ -278,6 +278,29 @@ impl Cluster {
         );
     }
 
+    /// Ends all that runs on a node at once, as when its power fails.
+    pub(crate) fn cut_power(&self, node: &str) {
+        Self::end(&self.path(&format!("slurmd-{node}.pid")), Signal::SIGKILL);
+        let mark = format!("SLURMD_NODENAME={node}");
+        let tasks = self.processes().into_iter();
+        let tasks: Vec<Pid> = tasks
+            .filter(|pid| has_in_environment(*pid, &mark))
+            .collect();
+        // The steps first: they would tell the controller that their tasks ended.
+        let steps: BTreeSet<i32> = tasks.iter().map(|pid| parent(pid.as_raw())).collect();
+        let is_step = |pid: &i32| {
+            let name = fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
+            name.trim() == "slurmstepd"
+        };
+        for pid in steps.into_iter().filter(is_step).map(Pid::from_raw) {
+            let _ = kill(pid, Signal::SIGKILL);
+        }
+        for pid in tasks {
+            let _ = kill(pid, Signal::SIGKILL);
+        }
+        self.lose_node(node);
+    }
+
     /// Ends the process of a file with its number, and waits for that.
     fn end(file: &Path, signal: Signal) {
         let number = fs::read_to_string(file).ok();
@@ -304,12 +327,7 @@ impl Cluster {
         let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
         let pids = entries.filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok());
         let parents: BTreeMap<i32, i32> = pids.map(|pid| (pid, parent(pid))).collect();
-        let is_marked = |pid: i32| {
-            let environment = fs::read(format!("/proc/{pid}/environ")).unwrap_or_default();
-            environment
-                .split(|byte| *byte == 0)
-                .any(|variable| variable == mark.as_bytes())
-        };
+        let is_marked = |pid: i32| has_in_environment(Pid::from_raw(pid), &mark);
         let is_ours = |pid: &&i32| {
             let line = std::iter::successors(Some(**pid), |pid| parents.get(pid).copied());
             line.take_while(|pid| *pid > 1).any(is_marked)
@@ -320,6 +338,14 @@ impl Cluster {
             .map(|pid| Pid::from_raw(*pid))
             .collect()
     }
+}
+
+/// Whether a process was started with a variable of this name and value.
+fn has_in_environment(pid: Pid, variable: &str) -> bool {
+    let environment = fs::read(format!("/proc/{pid}/environ")).unwrap_or_default();
+    environment
+        .split(|byte| *byte == 0)
+        .any(|entry| entry == variable.as_bytes())
 }
 
 /// The parent of a process; 0 if it is gone.
