@@ -178,7 +178,10 @@ impl Device {
     /// If a token attends to none.
     pub fn seen(&self, places: &[Range<usize>]) -> Seen {
         let nothing = places.iter().find(|own| own.is_empty());
-        assert!(nothing.is_none(), "a token attends to the places {nothing:?}");
+        assert!(
+            nothing.is_none(),
+            "a token attends to the places {nothing:?}"
+        );
         let words = places.iter().flat_map(|own| [own.start, own.end]);
         let words: Vec<u32> = words.map(|place| place as u32).collect();
         Seen {

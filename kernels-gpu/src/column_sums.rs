@@ -13,7 +13,13 @@ const ROWS: usize = 256;
 
 /// A unit for each column of each 256 rows.
 #[cube(launch)]
-fn column_sums_kernel(x: &[f32], out: &mut [f32], rows: u32, columns: u32, #[comptime] rounding: u32) {
+fn column_sums_kernel(
+    x: &[f32],
+    out: &mut [f32],
+    rows: u32,
+    columns: u32,
+    #[comptime] rounding: u32,
+) {
     let (rows, columns) = (rows as usize, columns as usize);
     let index = ABSOLUTE_POS;
     if index < out.len() {
@@ -62,13 +68,7 @@ impl Device {
     }
 
     /// The sum of each 256 rows.
-    fn sum_of_rows(
-        &self,
-        x: &Buffer,
-        rows: usize,
-        columns: usize,
-        rounding: FloatType,
-    ) -> Buffer {
+    fn sum_of_rows(&self, x: &Buffer, rows: usize, columns: usize, rounding: FloatType) -> Buffer {
         let sums = self.take(rows.div_ceil(ROWS) * columns);
         if !self.idle(sums.len()) {
             let (cubes, units) = self.units(sums.len());

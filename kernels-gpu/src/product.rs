@@ -13,9 +13,7 @@ use pipeline_kernels::panels::LANES;
 use crate::buffer::Buffer;
 use crate::device::{Device, UNITS};
 use crate::kernels::LANES as WIDE;
-use crate::weight::{
-    Format, Matrix, Part, round_factor_to_f16, round_to_bf16, weight_value,
-};
+use crate::weight::{Format, Matrix, Part, round_factor_to_f16, round_to_bf16, weight_value};
 
 /// One term of a sum of products, `weight * x`.
 #[derive(Debug, Clone)]

@@ -12,7 +12,12 @@ use crate::panels::{self, LANES};
 ///
 /// # Panics
 /// If the sizes don't fit each other, or a matrix is transposed.
-pub fn row_norms(base: Matrix<'_>, (a, b): (Matrix<'_>, Matrix<'_>), scaling: f32, out: &mut [f32]) {
+pub fn row_norms(
+    base: Matrix<'_>,
+    (a, b): (Matrix<'_>, Matrix<'_>),
+    scaling: f32,
+    out: &mut [f32],
+) {
     let transposed = [base, a, b].iter().any(Matrix::is_transposed);
     assert!(!transposed, "a transposed matrix has no norms of rows here");
     let (rows, columns, rank) = (base.height(), base.depth(), a.height());
@@ -74,7 +79,12 @@ impl Loop for Squares<'_> {
 fn check(x: &[f32], factors: &[f32], others: &[usize]) -> usize {
     let count = panels::count(x.len(), factors.len(), "what is scaled");
     for other in others {
-        panels::check(*other, factors.len(), count, "what goes with what is scaled");
+        panels::check(
+            *other,
+            factors.len(),
+            count,
+            "what goes with what is scaled",
+        );
     }
     count
 }
@@ -187,7 +197,11 @@ mod tests {
             let x = numbers(size(features, tokens), 1);
             let y = numbers(x.len(), 2);
             let (factors, bias) = (numbers(features, 3), numbers(features, 4));
-            for (onto, added) in [(Onto::Zero, false), (Onto::Out, true), (Onto::Values(&y), true)] {
+            for (onto, added) in [
+                (Onto::Zero, false),
+                (Onto::Out, true),
+                (Onto::Values(&y), true),
+            ] {
                 let mut out = y.clone();
                 scale_features(&x, &factors, Some(&bias), onto, &mut out);
                 for (index, ours) in out.iter().enumerate() {

@@ -360,7 +360,9 @@ impl Device for Gpu {
         magnitude: Arc<gpu::Buffer>,
     ) -> [Floats; 2] {
         let (base, a, b) = (base.borrow(), a.borrow(), b.borrow());
-        let made = self.device.row_factors(&base, (&a, &b), scaling, &magnitude);
+        let made = self
+            .device
+            .row_factors(&base, (&a, &b), scaling, &magnitude);
         made.map(|values| Floats(Some(values)))
     }
 

@@ -138,7 +138,13 @@ fn what_a_gpu_lacks_is_told() {
             "stages.adapter.attach_lora.target_modules=[embed_tokens, q_proj]",
             "stages.tuned.train_orpo.max_steps=1",
         ];
-        let all = ["run", "recipes/quickstart.yaml", "tuned", "--device", device];
+        let all = [
+            "run",
+            "recipes/quickstart.yaml",
+            "tuned",
+            "--device",
+            device,
+        ];
         let settings = settings.iter().flat_map(|setting| ["--set", setting]);
         project.run(&all.into_iter().chain(settings).collect::<Vec<_>>())
     };
@@ -148,7 +154,8 @@ fn what_a_gpu_lacks_is_told() {
         return;
     }
     assert_eq!(refused.code, Some(1));
-    let why = "`device: gpu` can't be had: the adapter has matrices beside the embeddings or the head";
+    let why =
+        "`device: gpu` can't be had: the adapter has matrices beside the embeddings or the head";
     assert!(refused.stderr.contains(why), "{}", refused.stderr);
     let computed = run("auto");
     assert_eq!(computed.code, Some(0), "{}", computed.stderr);

@@ -60,7 +60,9 @@ fn tokens_attend_to_their_own_places() {
                 let p: Vec<f64> = own.clone().map(|place| score(place).exp()).collect();
                 let sum: f64 = p.iter().sum();
                 for f in 0..width {
-                    let values = own.clone().map(|place| at(&v, keys * width, place, first + f));
+                    let values = own
+                        .clone()
+                        .map(|place| at(&v, keys * width, place, first + f));
                     let total: f64 = p.iter().zip(values).map(|(p, v)| p * v).sum();
                     let feature = head * width + f;
                     expected[feature * 32 + token] = (total / sum) as f32;

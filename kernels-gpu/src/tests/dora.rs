@@ -56,7 +56,12 @@ fn features_are_scaled_and_summed() {
         for (own, ours, bias, dbias) in [
             (cpu::Onto::Zero, Onto::Zero, Some(&bias[..]), Some(&dbias)),
             (cpu::Onto::Out, Onto::Out, None, None),
-            (cpu::Onto::Values(&x), Onto::Values(&dx), Some(&bias), Some(&dbias)),
+            (
+                cpu::Onto::Values(&x),
+                Onto::Values(&dx),
+                Some(&bias),
+                Some(&dbias),
+            ),
         ] {
             let mut expected = y.clone();
             cpu::scale_features(&x, &factors, bias, own, &mut expected);

@@ -197,7 +197,11 @@ fn products_with_all_that_is_added() {
                         _ => Onto::Values(&dres),
                     },
                     bias: Some(&dbias),
-                    rounding: if half { FloatType::Bf16 } else { FloatType::F32 },
+                    rounding: if half {
+                        FloatType::Bf16
+                    } else {
+                        FloatType::F32
+                    },
                 }]);
                 near(&device.read(&out).unwrap(), &expected, 2e-6);
             }
@@ -250,7 +254,10 @@ fn products_of_factors_in_half_precision() {
     let weight = numbers(rows * columns, 1);
     let round = |x: f32| f64::from(f16::from_f32(x).to_f32());
     for (scale, beyond) in [(1., false), (1e-6, false), (70_000., true)] {
-        let x: Vec<f32> = panels(columns, tokens, 2).iter().map(|x| x * scale).collect();
+        let x: Vec<f32> = panels(columns, tokens, 2)
+            .iter()
+            .map(|x| x * scale)
+            .collect();
         let dx = device.upload(&x).unwrap();
         for stored in Stored::all(&weight) {
             let values = stored.values();

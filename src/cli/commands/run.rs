@@ -21,8 +21,8 @@ use crate::cli::{
     lock_file, machine,
 };
 use crate::engine::{
-    Bytes, DeviceChoice, Event, Machine, Node, Options, PublishOptions, Published, RunLabel, Summary,
-    publish,
+    Bytes, DeviceChoice, Event, Machine, Node, Options, PublishOptions, Published, RunLabel,
+    Summary, publish,
 };
 use crate::recipe::RecipeStage;
 use crate::report::style::{BOLD, paint};

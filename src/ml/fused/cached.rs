@@ -134,7 +134,13 @@ impl<'a, D: Caching> CachedDecoder<'a, D> {
         let sequences = self.lengths.iter().enumerate();
         let places = sequences.flat_map(|(sequence, length)| {
             // What is behind a sequence's tokens is never looked at.
-            (0..room).map(move |at| if at < *length { sequence * before + at } else { 0 })
+            (0..room).map(move |at| {
+                if at < *length {
+                    sequence * before + at
+                } else {
+                    0
+                }
+            })
         });
         let places: Vec<usize> = places.collect();
         for cache in self.caches.iter_mut().flatten() {

@@ -294,7 +294,10 @@ impl Device for Cpu {
         for norm in &mut inverse {
             *norm = norm.recip();
         }
-        let factors = magnitude.iter().zip(&inverse).map(|(m, inverse)| m * inverse);
+        let factors = magnitude
+            .iter()
+            .zip(&inverse)
+            .map(|(m, inverse)| m * inverse);
         [factors.collect(), inverse]
     }
 

@@ -282,7 +282,11 @@ impl<D: Device> Spread<D> {
         device.copy(products, &mut self.slopes);
         device.soft_cap_slopes(&mut self.slopes, self.cap);
         let factor = device.factor(forward.shape.half, &self.slopes, ids.len());
-        let onto = if ids.start == 0 { Onto::Zero } else { Onto::Out };
+        let onto = if ids.start == 0 {
+            Onto::Zero
+        } else {
+            Onto::Out
+        };
         product(device, &mut self.rows, weight.transposed(), &factor, onto);
         device.give_factors([factor]);
     }

@@ -235,7 +235,8 @@ impl PassSizes {
         let rank = self.ranks.iter().max().copied().unwrap_or(0);
         let half = if self.half { self.inner / 2 } else { 0 };
         let scaled = if self.dora { self.inner } else { 0 };
-        let working = self.saved(rank) + 2 * self.hidden + self.inner + half + scaled + self.joined();
+        let working =
+            self.saved(rank) + 2 * self.hidden + self.inner + half + scaled + self.joined();
         PassMemory {
             kept: 0,
             working: working * size(1, pass.tokens) * size_of::<f32>(),

@@ -95,10 +95,13 @@ pub(in crate::ml) fn take_weights(device: &gpu::Device, model: &mut CausalLm) ->
     }
     let mut copies = Copies::default();
     let ends = [Some(&model.embed), model.head.as_ref()];
-    let ends = ends.into_iter().flatten().filter_map(|weight| match weight {
-        Weight::Frozen(tensor) => Some(Frozen::Dense(tensor)),
-        _ => None,
-    });
+    let ends = ends
+        .into_iter()
+        .flatten()
+        .filter_map(|weight| match weight {
+            Weight::Frozen(tensor) => Some(Frozen::Dense(tensor)),
+            _ => None,
+        });
     let linears = model.layers.iter_mut().flat_map(Layer::linears_mut);
     let bases = linears.filter_map(|linear| match &mut linear.base {
         Base::Dense(Weight::Frozen(tensor)) => Some(Frozen::Dense(tensor)),

@@ -12,10 +12,10 @@ use serde_json::json;
 use crate::ml::adapter::{Adapter, AdapterConfig, LoraPair, Names, NewAdapter};
 use crate::ml::fused::Packing;
 use crate::ml::io::weights::{SINGLE, Weights};
+use crate::ml::lora::init;
 use crate::ml::loss::Loss;
 use crate::ml::loss::orpo::Orpo;
 use crate::ml::loss::sft::Sft;
-use crate::ml::lora::init;
 use crate::ml::model::Trained;
 use crate::ml::model::arch::Arch;
 use crate::ml::model::batch::Row;
@@ -114,9 +114,9 @@ fn what_fits_into_a_gpu_is_told_by_docs() {
     };
     let orpo: &dyn Loss = &Orpo { beta: 0.1 };
     for (what, in_4_bits, loss, row, bounds) in [
-        ("SFT, 4 bits", true, sft, row(0, 1024, false), 6.5..7.5),
-        ("SFT, bf16", false, sft, row(0, 1024, false), 16.5..18.5),
-        ("ORPO, 4 bits", true, orpo, row(512, 512, true), 6.5..8.),
+        ("SFT, 4 bits", true, sft, row(0, 1024, false), 7.5..7.9),
+        ("SFT, bf16", false, sft, row(0, 1024, false), 17.5..17.9),
+        ("ORPO, 4 bits", true, orpo, row(512, 512, true), 8.0..8.4),
     ] {
         let folder = folder(in_4_bits);
         let arch = Arch::read(folder.path()).unwrap();

@@ -140,8 +140,7 @@ pub(super) fn run<M: Method>(
     };
     let train_rows = &mut train_rows.rows;
     let device = Device::Cpu;
-    let mut model =
-        CausalLm::load(&arch, &weights, adapter.as_ref(), trained, compute, &device)?;
+    let mut model = CausalLm::load(&arch, &weights, adapter.as_ref(), trained, compute, &device)?;
     drop(weights);
     Execution::move_weights(&mut model, &place)?;
     let loss = method.loss();

@@ -98,7 +98,9 @@ impl<D: Device> ProjectionGroup<'_, D> {
         let bias = projection.bias.as_ref();
         let bias = bias.map(|bias| device.vector(bias)).transpose()?;
         let dropped = self.dropped(projection, x, device);
-        let own = dropped.as_ref().map(|x| device.factor(half, x, self.features));
+        let own = dropped
+            .as_ref()
+            .map(|x| device.factor(half, x, self.features));
         let z = self.unscaled(projection, own.as_ref().unwrap_or(factor), low, device)?;
         let [factors, _] = self.factors_of(number, device)?;
         if let Some(dropped) = &dropped {

@@ -9,7 +9,10 @@ const ORPO: &dyn Loss = &Orpo { beta: 0.1 };
 /// A new `DoRA` for all projections, whose matrices are random and whose magnitudes are not the rows' norms.
 pub(in crate::ml::fused) fn adapter(dropout: f64) -> Adapter {
     let folder = golden::folder("model");
-    let (arch, weights) = (Arch::read(&folder).unwrap(), Weights::open(&folder).unwrap());
+    let (arch, weights) = (
+        Arch::read(&folder).unwrap(),
+        Weights::open(&folder).unwrap(),
+    );
     let new = NewAdapter {
         r: 5,
         lora_dropout: dropout,
@@ -31,9 +34,17 @@ pub(in crate::ml::fused) fn adapter(dropout: f64) -> Adapter {
     adapter
 }
 
-pub(in crate::ml::fused) fn model(base: &str, dropout: f64, trained: Trained, compute: DType) -> CausalLm {
+pub(in crate::ml::fused) fn model(
+    base: &str,
+    dropout: f64,
+    trained: Trained,
+    compute: DType,
+) -> CausalLm {
     let folder = golden::folder(base);
-    let (arch, weights) = (Arch::read(&folder).unwrap(), Weights::open(&folder).unwrap());
+    let (arch, weights) = (
+        Arch::read(&folder).unwrap(),
+        Weights::open(&folder).unwrap(),
+    );
     let (adapter, device) = (adapter(dropout), candle_core::Device::Cpu);
     CausalLm::load(&arch, &weights, Some(&adapter), trained, compute, &device).unwrap()
 }

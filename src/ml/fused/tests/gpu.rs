@@ -211,7 +211,10 @@ fn a_gpu_continues_texts_as_the_reference_does() {
         (of("model_nf4", DType::F32), 1e-4),
         (of("model", DType::BF16), 3e-2),
         (dressed, 1e-4),
-        (super::dora::model("model", 0., Trained::Nothing, DType::F32), 1e-4),
+        (
+            super::dora::model("model", 0., Trained::Nothing, DType::F32),
+            1e-4,
+        ),
     ] {
         for pass in [Pass::BASE, Pass::INFER] {
             let execution = Execution::placed(&model, SHARED, &place).unwrap();
