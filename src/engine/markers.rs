@@ -35,10 +35,9 @@ pub(super) fn producers(params: &Value) -> Vec<String> {
     while let Some(value) = open.pop() {
         match (marker(value), value) {
             (Some(Marker::Stage { stage, .. }), _) => found.push(stage),
-            (Some(_), _) => {}
             (None, Value::Object(map)) => open.extend(map.values().rev()),
             (None, Value::Array(items)) => open.extend(items.iter().rev()),
-            (None, _) => {}
+            _ => {}
         }
     }
     found
