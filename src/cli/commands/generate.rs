@@ -223,9 +223,11 @@ fn prompts(args: &Args) -> Result<Vec<Asked>, Failure> {
         }
         Box::new(std::io::stdin().lock())
     } else {
-        let file = File::open(path).and_then(|file| match file.metadata()?.is_dir() {
-            true => Err(std::io::ErrorKind::IsADirectory.into()),
-            false => Ok(file),
+        let file = File::open(path).and_then(|file| {
+            if file.metadata()?.is_dir() {
+                return Err(std::io::ErrorKind::IsADirectory.into());
+            }
+            Ok(file)
         });
         let file = file.with_context(|| format!("could not read `{name}`"))?;
         Box::new(BufReader::new(file))
