@@ -226,14 +226,15 @@ mod tests {
     fn wrong_sizes_are_told() {
         use std::panic::catch_unwind;
 
+        fn matrix(values: &[f32], rows: usize, columns: usize) -> Matrix<'_> {
+            Matrix::f32(values, rows, columns).unwrap()
+        }
+
         let refused = |expected: &str, run: fn()| {
             let panic = catch_unwind(run).unwrap_err();
             let text = panic.downcast_ref::<String>().unwrap();
             assert!(text.contains(expected), "{text}");
         };
-        fn matrix(values: &[f32], rows: usize, columns: usize) -> Matrix<'_> {
-            Matrix::f32(values, rows, columns).unwrap()
-        }
         refused("the sizes of a pair", || {
             let pair = (matrix(&[0.; 6], 2, 3), matrix(&[0.; 4], 2, 2));
             row_norms(matrix(&[0.; 4], 2, 2), pair, 1., &mut [0.; 2]);
