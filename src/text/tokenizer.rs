@@ -217,7 +217,8 @@ impl Tokenizer {
     /// The ids of many texts, on all cores, in order.
     pub fn encode_batch(&self, texts: &[&str]) -> Result<Vec<Vec<u32>>> {
         use rayon::prelude::*;
-        texts.par_iter().map(|text| self.encode(text)).collect()
+        let ids: Vec<Result<Vec<u32>>> = texts.par_iter().map(|text| self.encode(text)).collect();
+        ids.into_iter().collect()
     }
 
     fn encode_with(&self, text: &str, add_special: bool) -> Result<Vec<u32>> {

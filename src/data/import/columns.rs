@@ -190,7 +190,7 @@ impl Union {
         if is_json(theirs) {
             return Ok(cast(column, &DataType::Utf8)?);
         }
-        let texts: Result<Vec<Option<String>>> = (0..rows)
+        let texts: Vec<Result<Option<String>>> = (0..rows)
             .into_par_iter()
             .with_min_len(16)
             .map(|row| match Cell::from_arrow(column, row)? {
@@ -199,8 +199,8 @@ impl Union {
             })
             .collect();
         let mut made = StringBuilder::new();
-        for text in texts.with_context(|| format!("the column `{name}` can't be read"))? {
-            made.append_option(text);
+        for text in texts {
+            made.append_option(text.with_context(|| format!("the column `{name}` can't be read"))?);
         }
         Ok(Arc::new(made.finish()))
     }

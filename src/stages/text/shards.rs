@@ -68,6 +68,9 @@ impl Rows {
     }
 
     /// What is made of the next `count` rows; `make` makes it of one of them by its index among these, at least `least` of them in a task.
+    ///
+    /// # Errors
+    /// That of the first row that fails, by its index.
     pub(super) fn next<T: DeserializeOwned + Send>(
         &mut self,
         count: usize,
@@ -75,11 +78,12 @@ impl Rows {
         make: impl Fn(usize) -> Result<T> + Sync,
     ) -> Result<Vec<T>> {
         match self {
-            Self::Made => (0..count)
-                .into_par_iter()
-                .with_min_len(least)
-                .map(&make)
-                .collect(),
+            Self::Made => {
+                let rows = (0..count).into_par_iter().with_min_len(least);
+                let made: Vec<Result<T>> = rows.map(&make).collect();
+                // Collected in one go, the error would be that of the row that failed first in time.
+                made.into_iter().collect()
+            }
             Self::Read(lines) => {
                 let lines: Result<Vec<Vec<u8>>> = (0..count).map(|_| lines.next()).collect();
                 let read = |line: Vec<u8>| {
@@ -124,4 +128,36 @@ pub(super) fn make_shard<T: Serialize + Sync>(
         split.name()
     );
     file.flush().with_context(wrote)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicBool, Ordering};
+
+    use anyhow::bail;
+
+    use super::*;
+
+    #[test]
+    fn the_error_is_that_of_the_first_row_also_where_a_later_one_fails_before() {
+        let pool = || rayon::ThreadPoolBuilder::new().num_threads(2).build();
+        let later_failed = AtomicBool::new(false);
+        let make = |row: usize| -> Result<u32> {
+            if row == 0 {
+                // Whichever thread takes row 1 first, row 0 fails after it.
+                while !later_failed.load(Ordering::Acquire) {
+                    rayon::yield_now();
+                    std::thread::yield_now();
+                }
+                bail!("row 0");
+            }
+            later_failed.store(true, Ordering::Release);
+            bail!("row {row}")
+        };
+        for _ in 0..20 {
+            later_failed.store(false, Ordering::Release);
+            let made = pool().unwrap().install(|| Rows::Made.next(2, 1, make));
+            assert_eq!(made.unwrap_err().to_string(), "row 0");
+        }
+    }
 }
