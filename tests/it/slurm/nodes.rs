@@ -1,7 +1,7 @@
 //! A training by two processes on two nodes, which `srun` starts inside the job and MPI connects.
 
 use super::{Running, jobs_left, messages, project};
-use crate::support::program::{Project, events, stages};
+use crate::support::program::{Project, stages};
 use crate::support::slurm::Cluster;
 
 /// Open MPI's settings, here that it listens on the loopback address alone. A job gets those that the executor names.
@@ -23,7 +23,7 @@ fn shared(cluster: &Cluster) -> Project {
     }
     let recipe = project.read("r.yaml").replace(
         "max_steps: 4, save_steps: 2, logging_steps: 1 }\n    resources: { cpus: 2, memory: 600MiB }",
-        "max_steps: 12, save_steps: 1, logging_steps: 1, per_device_train_batch_size: 2, gradient_accumulation_steps: 2 }\n    \
+        "max_steps: 400, save_steps: 5, logging_steps: 1, per_device_train_batch_size: 2, gradient_accumulation_steps: 2 }\n    \
          resources: { cpus: 4, processes: 2 }\n    retries: 1",
     );
     assert!(recipe.contains("processes: 2"));
@@ -43,21 +43,19 @@ fn two_nodes_train_as_two_processes_of_one_machine_do() {
     let expected = here.artifacts(&local);
 
     let there = shared(&cluster);
-    let told = events(&there.succeeds(&["run", "--json", "r.yaml", "--executor", "cluster"]));
-    let of_tuned = messages(&told, "tuned");
-    assert!(
-        of_tuned.iter().any(|text| text.ends_with("runs on n[1-2]")),
-        "{of_tuned:?}"
-    );
+    there.succeeds(&["run", "r.yaml", "--executor", "cluster"]);
+    // Slurm's own list of what ended: a job may be too short for its nodes to be told while it runs.
+    cluster.wait_until("a job of two nodes ended", || {
+        let ended = cluster.finished();
+        ended.iter().any(|job| job.contains("NodeList=n[1-2]"))
+    });
     assert_eq!(there.artifacts(&local), expected);
 
     // One of the two dies on its node; all of it ends, and the next attempt goes on from the checkpoint to the same bytes.
     let again = shared(&cluster);
     let mut run = Running::start(&again, &["r.yaml", "--executor", "cluster"]);
     run.wait_for("a step", |event| {
-        event["event"] == "metrics"
-            && event["stage"] == "tuned"
-            && event["step"].as_u64() >= Some(2)
+        event["event"] == "metrics" && event["stage"] == "tuned" && event["step"].as_u64() > Some(5)
     });
     assert_eq!(cluster.kill_one_of("--member"), 2);
     let (code, seen) = run.ended();
