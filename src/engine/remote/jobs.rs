@@ -15,13 +15,13 @@ use std::sync::atomic::AtomicBool;
 use std::sync::mpsc::channel;
 use std::time::{Duration, SystemTime};
 
-use anyhow::{Context as _, anyhow, bail};
+use anyhow::{Context as _, anyhow};
 use serde::Deserialize;
 
 use super::super::canonical::Digest;
 use super::super::manifest::Manifest;
 use super::super::store::Store;
-use super::layout::JOBS;
+use super::layout::{JOBS, get_up_to};
 use super::{Object, Remote, Shared};
 
 /// The message with what a job is to do.
@@ -55,7 +55,7 @@ impl Mailbox {
         name: &str,
         longest: usize,
     ) -> anyhow::Result<Option<Vec<u8>>> {
-        whole(self.remote.as_ref(), &self.key(name), longest)
+        get_up_to(self.remote.as_ref(), &self.key(name), longest)
     }
 
     /// Removes all of them.
@@ -141,7 +141,7 @@ pub(super) fn awaited(remote: &dyn Remote, age: Duration) -> anyhow::Result<BTre
         if !is_task || old.contains(&object.key) {
             continue;
         }
-        let Some(bytes) = whole(remote, &object.key, LONGEST_TASK)? else {
+        let Some(bytes) = get_up_to(remote, &object.key, LONGEST_TASK)? else {
             continue;
         };
         // What can't be read can't be started either.
@@ -150,17 +150,4 @@ pub(super) fn awaited(remote: &dyn Remote, age: Duration) -> anyhow::Result<BTre
         }
     }
     Ok(all)
-}
-
-/// An object of at most so many bytes; none if it is not there.
-fn whole(remote: &dyn Remote, key: &str, longest: usize) -> anyhow::Result<Option<Vec<u8>>> {
-    let mut bytes = Vec::new();
-    let found = remote.read(key, 0, &mut |piece| {
-        if bytes.len() + piece.len() > longest {
-            bail!("`{key}` is longer than {longest} bytes");
-        }
-        bytes.extend_from_slice(piece);
-        Ok(())
-    })?;
-    Ok(found.then_some(bytes))
 }

@@ -153,13 +153,22 @@ pub(crate) fn is_unfinished(path: &str) -> bool {
             .any(|ours| ours == key)
 }
 
-/// A small object, whole.
+/// A record or a manifest, whole; none if it is not there.
 pub(super) fn get(remote: &dyn Remote, key: &str) -> anyhow::Result<Option<Vec<u8>>> {
     let longest = if key.starts_with(RECORDS) {
         LONGEST_RECORD
     } else {
         LONGEST_MANIFEST
     };
+    get_up_to(remote, key, longest)
+}
+
+/// An object of at most so many bytes; none if it is not there.
+pub(super) fn get_up_to(
+    remote: &dyn Remote,
+    key: &str,
+    longest: usize,
+) -> anyhow::Result<Option<Vec<u8>>> {
     let mut bytes = Vec::new();
     let found = remote.read(key, 0, &mut |piece| {
         if bytes.len() + piece.len() > longest {
