@@ -2,11 +2,27 @@
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use anyhow::bail;
 
 use super::Span;
+
+/// How much later than a stage's process the process of its job may be told to stop.
+const LATEST_SIGNAL: Duration = Duration::from_secs(2);
+
+/// Whether the job of a stage that failed is being ended from outside, so that the failure is not the stage's own. A scheduler signals the
+/// processes of a job one after another, and the stage's may have died of it before this one hears of it.
+pub(super) fn is_ended_from_outside(cancel: &AtomicBool) -> bool {
+    let start = Instant::now();
+    while !cancel.load(Ordering::Relaxed) {
+        if start.elapsed() >= LATEST_SIGNAL {
+            return false;
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    true
+}
 
 /// Says when a stage has to stop.
 #[derive(Debug, Clone, Default)]
@@ -72,5 +88,23 @@ impl Control {
             }
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_signal_that_comes_after_the_failure_counts() {
+        let cancel = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                std::thread::sleep(Duration::from_millis(100));
+                cancel.store(true, Ordering::Relaxed);
+            });
+            assert!(is_ended_from_outside(&cancel));
+        });
+        assert!(!is_ended_from_outside(&AtomicBool::new(false)));
     }
 }

@@ -14,7 +14,7 @@ use std::time::{Duration, Instant, SystemTime};
 use anyhow::{Context as _, ensure};
 use serde::Deserialize;
 
-use super::control::Control;
+use super::control::{Control, is_ended_from_outside};
 use super::event::{EVENT_VERSION, Event, Level, send};
 use super::executor::{ChildProcess, Executor as _, TaskResult};
 use super::far::{FarSource, FarTask};
@@ -97,7 +97,7 @@ pub fn run_far_job(job: &FarJob) -> anyhow::Result<bool> {
     drop(events);
     writer.join().map_err(|_| panicked())?;
     let is_ok = ended.is_ok();
-    let told = if !is_ok && job.cancel.load(Ordering::Relaxed) {
+    let told = if !is_ok && is_ended_from_outside(&job.cancel) {
         // No result: the scheduler may start the job again.
         mailbox.put(&format!("{number}/stopped"), b"stopped\n")
     } else {

@@ -12,7 +12,7 @@ use anyhow::{Context as _, anyhow};
 use nix::sys::resource::{Resource, setrlimit};
 use rayon::ThreadPoolBuilder;
 
-use super::control::Control;
+use super::control::{Control, is_ended_from_outside};
 use super::event::{EVENT_VERSION, Event};
 pub use super::executor::prefix;
 use super::executor::{CANCEL, ChildProcess, Executor as _, TaskResult, launched, run_task};
@@ -179,7 +179,7 @@ pub fn run_job(
     drop(events);
     writer.join().map_err(|_| panicked())?;
     let succeeded = result.is_ok();
-    if !succeeded && cancel.load(Ordering::Relaxed) {
+    if !succeeded && is_ended_from_outside(cancel) {
         start.stop()?;
     } else {
         start.finish(last_event(result))?;

@@ -215,15 +215,7 @@ fn a_job_that_slurm_starts_again_takes_the_scratch_and_not_the_output() {
     let [id] = &cluster.queued("RUNNING")[..] else {
         panic!("one job runs")
     };
-    cluster.run("scontrol", &["requeue", id]);
-    cluster.wait_until("it is in the queue again", || {
-        cluster.queued("PENDING").len() == 1
-    });
-    // Slurm waits two minutes before it starts it again.
-    cluster.run(
-        "scontrol",
-        &["update", &format!("jobid={id}"), "starttime=now"],
-    );
+    cluster.requeue(id);
     run.wait_for_message("begun 2");
     let_go(&project);
     let (code, seen) = run.ended();

@@ -9,6 +9,7 @@ use std::fs;
 use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
@@ -66,15 +67,20 @@ fn is_installed() -> bool {
     false
 }
 
-/// Ports that nobody listens at.
+/// Ports that nobody listens at. They are below those that the system gives to connections, and none is given twice: between this look and the
+/// daemon's start no other test takes one.
 fn free_ports(count: usize) -> Vec<u16> {
-    let listeners: Vec<TcpListener> = (0..count)
-        .map(|_| TcpListener::bind("127.0.0.1:0").unwrap())
-        .collect();
-    let ports = listeners
-        .iter()
-        .map(|listener| listener.local_addr().unwrap().port());
-    ports.collect()
+    static TAKEN: AtomicU32 = AtomicU32::new(0);
+    const FIRST: u32 = 10_000;
+    const COUNT: u32 = 20_000;
+    // Another run of the tests most likely begins elsewhere.
+    let start = std::process::id().wrapping_mul(97);
+    let ports = std::iter::repeat_with(|| {
+        let taken = TAKEN.fetch_add(1, Ordering::Relaxed);
+        (FIRST + start.wrapping_add(taken) % COUNT) as u16
+    });
+    let free = ports.filter(|port| TcpListener::bind(("127.0.0.1", *port)).is_ok());
+    free.take(count).collect()
 }
 
 impl Cluster {
@@ -330,18 +336,34 @@ impl Cluster {
             .filter(|pid| has_in_environment(*pid, &mark))
             .collect();
         // The steps first: they would tell the controller that their tasks ended.
-        let steps: BTreeSet<i32> = tasks.iter().map(|pid| parent(pid.as_raw())).collect();
-        let is_step = |pid: &i32| {
-            let name = fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
-            name.trim() == "slurmstepd"
-        };
-        for pid in steps.into_iter().filter(is_step).map(Pid::from_raw) {
-            let _ = kill(pid, Signal::SIGKILL);
+        for step in steps_of(&tasks) {
+            let _ = kill(step, Signal::SIGKILL);
         }
         for pid in tasks {
             let _ = kill(pid, Signal::SIGKILL);
         }
         self.lose_node(node);
+    }
+
+    /// Puts the job that runs into the queue again, and has it started again at once.
+    pub(crate) fn requeue(&self, id: &str) {
+        let steps = steps_of(&self.processes());
+        assert!(!steps.is_empty(), "job {id} runs");
+        self.run("scontrol", &["requeue", id]);
+        self.wait_until("it is in the queue again", || {
+            self.queued("PENDING").contains(&id.to_owned())
+        });
+        // Slurm waits two minutes before it starts it again. That is also the time for its first start to tell its end, which would otherwise
+        // be taken for the end of the second; and a node remembers to the second since when it may not start a job.
+        self.wait_until("its first start has told its end", || {
+            steps
+                .iter()
+                .all(|step| kill(*step, None).is_err() || is_zombie(*step))
+        });
+        self.run(
+            "scontrol",
+            &["update", &format!("jobid={id}"), "starttime=now+3seconds"],
+        );
     }
 
     /// Ends the process of a file with its number, and waits for that.
@@ -381,6 +403,17 @@ impl Cluster {
             .map(|pid| Pid::from_raw(*pid))
             .collect()
     }
+}
+
+/// The daemons of steps that started some of these processes.
+fn steps_of(tasks: &[Pid]) -> Vec<Pid> {
+    let parents: BTreeSet<i32> = tasks.iter().map(|pid| parent(pid.as_raw())).collect();
+    let is_step = |pid: &i32| {
+        let name = fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
+        name.trim() == "slurmstepd"
+    };
+    let steps = parents.into_iter().filter(is_step);
+    steps.map(Pid::from_raw).collect()
 }
 
 /// Whether a process was started with a variable of this name and value.
@@ -450,5 +483,12 @@ impl Drop for Cluster {
             let _ = kill(pid, Signal::SIGKILL);
         }
         Self::end(&self.path("munge/pid"), Signal::SIGTERM);
+        if std::thread::panicking() {
+            // For whoever reads why the test failed.
+            let nodes = (1..=self.nodes).map(|node| format!("slurmd-n{node}.log"));
+            for name in std::iter::once("slurmctld.log".to_owned()).chain(nodes) {
+                eprintln!("{name}:\n{}", self.log(&name));
+            }
+        }
     }
 }
