@@ -15,7 +15,7 @@ use crate::engine::glob::Pattern;
 use crate::engine::remote::Shared;
 use crate::engine::{
     EventLog, Executors, Graph, Jobs, LOCAL, LoggedEvent, Node, Outcome, Pins, Record, Run, RunEnv,
-    RunLabel, Session, State, Store, canonical_json,
+    RunLabel, Session, State, Store, canonical_json, declared,
 };
 use crate::recipe::{Recipe, RecipeErrors, RecipeStage, Var};
 use crate::report::{RecipeNames, quoted};
@@ -335,7 +335,7 @@ impl Project {
             let hint = format!("that is `when: {}`{}", left.when, place.unwrap_or_default());
             return Err(Failure::Usage(error::with_hint(&message, &hint)));
         }
-        let of = name.split('[').next().unwrap_or_default();
+        let of = declared(name);
         let relatives = self.recipe.matching(of);
         let hint = if of != name && !relatives.is_empty() {
             format!("of `{of}` there is {}", self.names(&relatives))

@@ -82,7 +82,7 @@ pub(crate) use fingerprint::content;
 pub use fingerprint::{Fingerprint, Origin};
 pub use forecast::Forecast;
 pub use gc::{Garbage, Limits, Needs};
-pub use graph::{Graph, GraphError, Node, topological_order};
+pub use graph::{Graph, GraphError, Node, declared, topological_order};
 pub use handling::{Handling, Machine, Resources};
 pub use history::{Difference, Outcome, Run, RunLabel, RunStage};
 pub use inputs::{Anything, Inputs};

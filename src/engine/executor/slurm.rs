@@ -40,7 +40,7 @@ use client::{Client, JobId, Trouble};
 pub use explain::explain_to_slurm;
 use gather::Gathering;
 use queue::Queue;
-use script::Place;
+use script::Location;
 pub use settings::SlurmSettings;
 
 /// The pause between two questions while no controller answers.
@@ -82,7 +82,7 @@ struct Order {
     stage: String,
     folder: JobFolder,
     options: Vec<String>,
-    place: Place,
+    location: Location,
     /// The environment that `sbatch` hands on, where no file can be read that has it.
     environment: Option<BTreeMap<String, String>>,
 }

@@ -3,16 +3,18 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::{OsStr, OsString};
 use std::fmt::{self, Display};
-use std::io::{ErrorKind, Read};
+use std::io::{BufRead as _, BufReader, ErrorKind, Read};
 use std::process::{Child, Command, Stdio};
 use std::sync::OnceLock;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use super::super::super::Control;
 
-/// How long one of Slurm's programs may take. They give up by themselves after some ten seconds when no controller answers; `sbatch` waits
-/// minutes when the queue is full.
+/// How long one of Slurm's programs may take. They give up by themselves after some ten seconds when no controller answers.
 const PATIENCE: Duration = Duration::from_secs(30);
+/// What `sbatch` says when the queue is full. It would try again for two minutes; the runner does that itself, and takes fewer jobs at a time.
+const RETRIES: &str = "sleeping and retrying";
 /// The interval at which a running program is checked.
 const TICK: Duration = Duration::from_millis(10);
 /// The most bytes of an answer.
@@ -286,11 +288,12 @@ impl Client {
             })
         })?;
         let (output, errors) = (child.stdout.take(), child.stderr.take());
+        let retries = AtomicBool::new(false);
         std::thread::scope(|scope| {
             // They end with the program.
             let output = scope.spawn(|| text(output));
-            let errors = scope.spawn(|| text(errors));
-            let ended = wait(&mut child, control);
+            let errors = scope.spawn(|| complaints(errors, &retries));
+            let ended = wait(&mut child, control, &retries);
             let output = output.join().unwrap_or_default();
             let errors = errors.join().unwrap_or_default();
             match ended? {
@@ -308,8 +311,12 @@ impl Client {
     }
 }
 
-/// Waits for a program: whether it succeeded, or nothing if it took too long.
-fn wait(child: &mut Child, control: Option<&Control>) -> Result<Option<bool>, Trouble> {
+/// Waits for a program: whether it succeeded, or nothing if it took too long or `retries` what it did.
+fn wait(
+    child: &mut Child,
+    control: Option<&Control>,
+    retries: &AtomicBool,
+) -> Result<Option<bool>, Trouble> {
     let start = Instant::now();
     let stop = |child: &mut Child| {
         // It may have ended by itself.
@@ -329,7 +336,7 @@ fn wait(child: &mut Child, control: Option<&Control>) -> Result<Option<bool>, Tr
             stop(child);
             return Err(Trouble::Stopped);
         }
-        if start.elapsed() > PATIENCE {
+        if start.elapsed() > PATIENCE || retries.load(Ordering::Relaxed) {
             stop(child);
             return Ok(None);
         }
@@ -342,6 +349,26 @@ fn text(pipe: Option<impl Read>) -> String {
     let mut bytes = Vec::new();
     if let Some(pipe) = pipe {
         let _ = pipe.take(LONGEST).read_to_end(&mut bytes);
+    }
+    String::from_utf8_lossy(&bytes).into_owned()
+}
+
+/// All that a program complains of; `retries` is set as soon as it says that it tries again.
+fn complaints(pipe: Option<impl Read>, retries: &AtomicBool) -> String {
+    let mut bytes = Vec::new();
+    if let Some(pipe) = pipe {
+        let mut lines = BufReader::new(pipe.take(LONGEST));
+        let mut start = 0;
+        while lines
+            .read_until(b'\n', &mut bytes)
+            .is_ok_and(|read| read > 0)
+        {
+            let line = String::from_utf8_lossy(&bytes[start..]);
+            if line.contains(RETRIES) {
+                retries.store(true, Ordering::Relaxed);
+            }
+            start = bytes.len();
+        }
     }
     String::from_utf8_lossy(&bytes).into_owned()
 }
@@ -380,8 +407,9 @@ fn trouble(program: &str, errors: &str) -> Trouble {
         "Slurm backup controller",
         "Slurm controller not responding",
     ];
-    const FULL: [&str; 4] = [
+    const FULL: [&str; 5] = [
         "temporarily unable to accept job",
+        "job queue full",
         "Resource temporarily unavailable",
         "MaxSubmitJob",
         "Unable to accept new jobs",
@@ -429,10 +457,20 @@ mod tests {
         let full = "sbatch: error: AssocMaxSubmitJobLimit\nsbatch: error: Batch job submission failed: Job violates \
                     accounting/QOS policy (job submit limit, user's size and/or time limits)\n";
         assert!(trouble("sbatch", full).passes());
+        let full = "sbatch: error: Slurm job queue full, sleeping and retrying\n";
+        assert!(matches!(trouble("sbatch", full), Trouble::Full(_)));
         let wrong = "sbatch: error: invalid partition specified: x\nsbatch: error: Batch job submission failed: Invalid partition name specified\n";
         let wrong = trouble("sbatch", wrong);
         assert!(!wrong.passes() && wrong.to_string().starts_with("invalid partition"));
         assert!(trouble("sbatch", "").to_string().contains("said nothing"));
+    }
+
+    #[test]
+    fn a_program_that_says_that_it_tries_again_is_not_waited_for() {
+        let client = Client::new(Vec::new(), Vec::new());
+        let script = "echo Slurm temporarily unable to accept job, sleeping and retrying >&2; sleep 20 >/dev/null 2>&1; echo 7";
+        let answer = client.call("sh", &["-c", script], None);
+        assert!(matches!(answer, Err(Trouble::Full(_))), "{answer:?}");
     }
 
     #[test]

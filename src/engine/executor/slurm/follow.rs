@@ -344,11 +344,14 @@ fn lost(job: &Job, state: Option<&JobState>) -> anyhow::Error {
             words(&job.folder)
         );
     };
+    // Where Slurm itself looks at what jobs take (`OverMemoryKill`), it ends them as failed, and says why in their log alone.
+    let starved = job.folder.last_words();
+    let starved = starved.is_some_and(|words| words.contains("Exceeded job memory limit"));
     match state.as_str() {
         "TIMEOUT" => anyhow!(
             "its job {id} reached its time limit and was ended; hint: `timeout` beside the stage, or `time` of the executor, asks for more"
         ),
-        "OUT_OF_MEMORY" => anyhow!(
+        state if state == "OUT_OF_MEMORY" || starved => anyhow!(
             "its job {id} used more memory than it was given and was ended; hint: `resources: {{ memory: .. }}` beside the stage asks \
              for more"
         ),

@@ -12,6 +12,7 @@ use anyhow::{anyhow, bail};
 
 use super::super::super::control::Control;
 use super::super::super::files::write_atomically;
+use super::super::super::graph::declared;
 use super::super::super::job::{ENVIRONMENT, JobFolder, LOG, SCRIPT, Submitted};
 use super::super::super::part::Part;
 use super::super::super::stage_events::StageEvents;
@@ -19,7 +20,7 @@ use super::super::super::task::Task;
 use super::away::Away;
 use super::client::{JobId, Trouble};
 use super::gather::Role;
-use super::script::{self, Place};
+use super::script::{self, Location};
 use super::{Answer, Like, NotPlaced, Order, PAUSE, Slurm, tell};
 
 /// How long a submission is tried while no controller answers.
@@ -68,14 +69,14 @@ impl Slurm {
         let settings = &self.cluster.settings;
         let mut environment = script::environment(task, &self.env, &settings.env);
         note_scratch(task);
-        let (place, environment) = if let Some(away) = self.away() {
+        let (location, environment) = if let Some(away) = self.away() {
             let digest = away.send(task, folder, control)?;
             environment.extend(away.variables().clone());
-            let place = Place::Remote(Away::name(folder), digest);
-            (place, Some(environment))
+            let location = Location::Remote(Away::name(folder), digest);
+            (location, Some(environment))
         } else {
             folder.write_private(ENVIRONMENT, &script::lines(&environment))?;
-            (Place::Folder(folder.path().to_owned()), None)
+            (Location::Folder(folder.path().to_owned()), None)
         };
         // From here on a runner that comes after this one looks for the job by its name.
         let (name, element) = (self.name_of(&task.stage, folder), None);
@@ -85,7 +86,7 @@ impl Slurm {
             stage: task.stage.clone(),
             folder: folder.clone(),
             options: settings.options(&task.resources, task.timeout),
-            place,
+            location,
             environment,
         })
     }
@@ -172,7 +173,7 @@ impl Slurm {
         let is_array = orders.len() > 1;
         let elements = (0..).map(|element| is_array.then_some(element));
         let of = if is_array {
-            matrix_of(&first.stage)
+            declared(&first.stage)
         } else {
             &first.stage
         };
@@ -208,9 +209,9 @@ impl Slurm {
             bail!("there is nothing to submit")
         };
         let (cluster, path) = (&self.cluster, first.folder.path());
-        let places: Vec<Place> = orders.iter().map(|order| order.place.clone()).collect();
+        let locations: Vec<Location> = orders.iter().map(|order| order.location.clone()).collect();
         let node_store = cluster.settings.node_store.as_deref();
-        let text = script::script(&places, &cluster.program, node_store, of);
+        let text = script::script(&locations, &cluster.program, node_store, of);
         first.folder.write_private(SCRIPT, &text)?;
         let environment = if first.environment.is_some() {
             "ALL"
@@ -358,16 +359,11 @@ fn like(task: &Task, order: &Order) -> Option<Like> {
     is_one_of_many.then(|| {
         let environment = order.environment.clone().unwrap_or_default();
         (
-            matrix_of(&task.stage).to_owned(),
+            declared(&task.stage).to_owned(),
             order.options.clone(),
             environment,
         )
     })
-}
-
-/// The name of a stage without its combination.
-fn matrix_of(stage: &str) -> &str {
-    stage.split('[').next().unwrap_or(stage)
 }
 
 /// Writes beside the scratch folder whose it is, for `gc`.
