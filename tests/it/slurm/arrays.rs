@@ -183,11 +183,9 @@ fn an_array_that_the_queue_has_no_room_for_is_halved() {
     let mut run = Running::start(&project, &["own.yaml"]);
     run.wait_for_message("the queue takes no more jobs now");
     // Those that there is room for run, and the others wait for them.
-    until(&mut run, |seen| {
-        let begun = numbers.iter().filter(|number| {
-            messages(seen, &format!("own[n={number}]")).contains(&format!("begun {number}"))
-        });
-        begun.count() >= 2
+    cluster.wait_until("two of them run", || {
+        let running = cluster.told("squeue", &["-h", "-r", "--states=RUNNING", "--format=%i"]);
+        running.lines().count() >= 2
     });
     let all = arrays(&cluster);
     assert!(all.iter().all(|(_, element)| element != "3"), "{all:?}");
