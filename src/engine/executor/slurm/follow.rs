@@ -277,8 +277,9 @@ impl Seen {
             Some((since, why)) => {
                 if since.elapsed() > QUIET && !std::mem::replace(&mut self.silent, true) {
                     let id = job.id;
-                    let text =
-                        format!("nothing comes from job {id} through the remote: {why}; the job goes on");
+                    let text = format!(
+                        "nothing comes from job {id} through the remote: {why}; the job goes on"
+                    );
                     tell(task, events, text);
                 }
             }
