@@ -14,7 +14,7 @@ use super::explain::SAYS;
 use super::settings::is_variable;
 
 /// Variables that every job gets: the user's paths, language and time zone, and settings of this program.
-const PASSED: [&str; 15] = [
+const PASSED: [&str; 16] = [
     "HOME",
     "LANG",
     "LC_ALL",
@@ -22,6 +22,7 @@ const PASSED: [&str; 15] = [
     "LD_LIBRARY_PATH",
     "LOGNAME",
     "MALLOC_MMAP_THRESHOLD_",
+    "MALLOC_TRIM_THRESHOLD_",
     "PATH",
     "PIPELINE_INSTRUCTION_SET",
     "RUST_BACKTRACE",
@@ -132,9 +133,7 @@ fn far() -> String {
 /// The environment of a job.
 pub(super) fn environment(task: &Task, env: &RunEnv, more: &[String]) -> BTreeMap<String, String> {
     let mut values: BTreeMap<String, String> = BTreeMap::new();
-    if let Some((name, value)) = allocator(task.exclusive) {
-        values.insert(name.to_owned(), value);
-    }
+    values.extend(allocator(task.exclusive).map(|(name, value)| (name.to_owned(), value)));
     let named = more.iter().chain(&task.variables).map(String::as_str);
     let looked_up = PASSED.into_iter().chain(named).filter_map(|name| {
         let value = env.lookup.and_then(|lookup| lookup(name))?;
