@@ -69,7 +69,7 @@ impl<W: Write> Terminal<W> {
     }
 
     fn on(recipe: RecipeNames, look: Look, screen: Screen<W>) -> Self {
-        let names = recipe.stages.keys().map(|name| width(name)).max();
+        let names = recipe.stages.iter().map(|name| width(name)).max();
         Self {
             recipe,
             look,
@@ -366,7 +366,7 @@ impl<W: Write> Terminal<W> {
         }
         self.add_always(ERROR, "failed", &format!("{stage}: {error}"));
         let mut more = Vec::new();
-        if let Some(span) = self.recipe.stages.get(stage) {
+        if let Some(span) = self.recipe.place.of(stage) {
             more.push(format!("it is defined at {span}"));
         }
         // Who looks at the log itself needs no more of it.
