@@ -28,10 +28,38 @@ pub(crate) fn place(token: usize, heads: usize, head: usize, #[comptime] width: 
     ((token / WIDE * heads + head) * width) * WIDE + token % WIDE
 }
 
+/// Where the sum of a token's softmax for head `head` is, in panels of `heads` values.
+#[cube]
+fn place_of_sum(token: usize, heads: usize, head: usize) -> usize {
+    (token / WIDE * heads + head) * WIDE + token % WIDE
+}
+
+/// The token of a unit: that of its lane in a block of queries or of keys.
+#[derive(CubeType)]
+struct Own {
+    /// The number of tokens of the block. Lanes behind the last one do what it does, and write nothing.
+    count: usize,
+    /// Which token of the block it is.
+    number: usize,
+    token: usize,
+}
+
+/// The token of a unit of a cube of lanes and parts, in the block that is described at `block`.
+#[cube]
+fn own_of(tables: &[u32], block: usize) -> Own {
+    let count = tables[block + 1] as usize;
+    let number = (UNIT_POS_X as usize).min(count - 1);
+    Own {
+        count,
+        number,
+        token: tables[block] as usize + number,
+    }
+}
+
 /// What a unit needs of its query: that of its lane in a block, for the head of its cube.
 #[derive(CubeType)]
 struct Query {
-    /// The number of queries of the block. Lanes behind the last one do what it does, and write nothing.
+    /// The number of queries of the block, see [`Own`].
     count: usize,
     /// The key head that the query's head shares.
     key_head: usize,
@@ -54,19 +82,17 @@ struct Query {
 fn query_of(tables: &[u32], queries: usize, keys: usize, #[comptime] width: usize) -> Query {
     let head = CUBE_POS % queries;
     let block = CUBE_POS / queries * QUERY_BLOCK;
-    let count = tables[block + 1] as usize;
-    let own = (UNIT_POS_X as usize).min(count - 1);
-    let token = tables[block] as usize + own;
+    let own = own_of(tables, block);
     Query {
-        count,
+        count: own.count,
         key_head: head / (queries / keys),
-        place: place(token, queries, head, width),
-        at_sum: (token / WIDE * queries + head) * WIDE + token % WIDE,
+        place: place(own.token, queries, head, width),
+        at_sum: place_of_sum(own.token, queries, head),
         key_list: tables[block + 2] as usize,
         key_count: tables[block + 3],
         seen: tables[block + 4] as usize,
         blocks: tables[block + 5] as usize,
-        limits: tables[block + 6] as usize + own * 4,
+        limits: tables[block + 6] as usize + own.number * 4,
     }
 }
 
@@ -322,15 +348,13 @@ fn grad_kv_kernel(
     if CUBE_POS < cubes as usize {
         let key_head = CUBE_POS % keys;
         let block = blocks as usize * QUERY_BLOCK + CUBE_POS / keys * KEY_BLOCK;
-        let count = tables[block + 1] as usize;
-        let own = lane.min(count - 1);
-        let token = tables[block] as usize + own;
+        let own = own_of(tables, block);
         let list = tables[block + 2] as usize;
-        let at = place(token, keys, key_head, width);
+        let at = place(own.token, keys, key_head, width);
         let group = queries / keys;
         for number in 0..tables[block + 3] as usize {
             let other = tables[list + number * 2] as usize * QUERY_BLOCK;
-            let key = tables[list + number * 2 + 1] + own as u32;
+            let key = tables[list + number * 2 + 1] + own.number as u32;
             let first_query = tables[other] as usize;
             let query_count = tables[other + 1] as usize;
             let limits = tables[other + 6] as usize;
@@ -342,7 +366,7 @@ fn grad_kv_kernel(
                     let mut p = 0.0f32;
                     let mut grad = 0.0f32;
                     if number < query_count
-                        && lane < count
+                        && lane < own.count
                         && attends(tables, limits + number * 4, key)
                     {
                         let query_token = first_query + number;
@@ -354,8 +378,7 @@ fn grad_kv_kernel(
                             product += q[query + step] * k[at + step];
                             grad_p += grad_out[query + step] * v[at + step];
                         }
-                        let at_sum =
-                            (query_token / WIDE * queries + head) * WIDE + query_token % WIDE;
+                        let at_sum = place_of_sum(query_token, queries, head);
                         let s = score(product, scale, cap, capped);
                         p = exp_down((s - log_sums[at_sum]).min(0.0f32));
                         grad = p * (grad_p - delta[at_sum]) * slope(s, scale, cap, capped);
@@ -380,7 +403,7 @@ fn grad_kv_kernel(
                 sync_cube();
             }
         }
-        if lane < count {
+        if lane < own.count {
             #[unroll]
             for i in 0..comptime!(width.div_ceil(PARTS)) {
                 let feature = i * PARTS + part;
@@ -414,15 +437,12 @@ impl Attention<'_> {
     /// Checks all sizes. `like_queries` must be panels like the queries.
     #[track_caller]
     fn check(&self, like_queries: &[&Buffer], log_sums: &Buffer) {
+        self.heads.check();
         let Heads {
             queries,
             keys,
             width,
         } = self.heads;
-        assert!(
-            width > 0 && keys > 0 && queries > 0 && queries.is_multiple_of(keys),
-            "{queries} query heads can't share {keys} key heads of the width {width}"
-        );
         let panels = count(self.q, queries * width, "the queries");
         check(self.k, keys * width, panels, "the keys");
         check(self.v, keys * width, panels, "the values");

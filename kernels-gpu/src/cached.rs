@@ -232,15 +232,12 @@ impl Device {
             scores,
             seen,
         } = inputs;
+        heads.check();
         let Heads {
             queries,
             keys,
             width,
         } = heads;
-        assert!(
-            width > 0 && keys > 0 && queries > 0 && queries.is_multiple_of(keys),
-            "{queries} query heads can't share {keys} key heads of the width {width}"
-        );
         let panels = panels::panels(seen.tokens);
         check(q, queries * width, panels, "the queries");
         check(out, queries * width, panels, "what is like the queries");

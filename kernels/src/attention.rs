@@ -39,6 +39,25 @@ pub struct Heads {
     pub width: usize,
 }
 
+impl Heads {
+    /// Checks that query heads can share key heads.
+    ///
+    /// # Panics
+    /// If the number of key heads does not divide that of query heads, or a number is 0.
+    #[track_caller]
+    pub fn check(self) {
+        let Self {
+            queries,
+            keys,
+            width,
+        } = self;
+        assert!(
+            width > 0 && keys > 0 && queries > 0 && queries.is_multiple_of(keys),
+            "{queries} query heads can't share {keys} key heads of the width {width}"
+        );
+    }
+}
+
 /// What becomes of the products of queries and keys before the softmax.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Scores {
@@ -93,15 +112,12 @@ fn check(
     like_queries: &[&[f32]],
     log_sums: &[f32],
 ) {
+    heads.check();
     let Heads {
         queries,
         keys,
         width,
     } = heads;
-    assert!(
-        width > 0 && keys > 0 && queries > 0 && queries.is_multiple_of(keys),
-        "{queries} query heads can't share {keys} key heads of the width {width}"
-    );
     let (q_features, k_features) = (queries.saturating_mul(width), keys.saturating_mul(width));
     let panels = count(inputs.q.len(), q_features, "the queries");
     panels::check(inputs.k.len(), k_features, panels, "the keys");

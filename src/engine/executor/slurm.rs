@@ -283,7 +283,7 @@ impl Slurm {
                 task,
                 events,
                 format!(
-                    "job {id} of an earlier run is cancelled, because what it reads was changed meanwhile, or it was to be made anew"
+                    "job {id} of an earlier run is cancelled, because what it reads has changed since, or this run makes the result anew"
                 ),
             );
             let stopped = Control::default();
@@ -300,7 +300,7 @@ impl Slurm {
         match self.follow(&job, task, events, control) {
             Err(error) if control.check().is_ok() => {
                 let text = format!(
-                    "job {id} of an earlier run failed, so that it begins again: {error:#}"
+                    "job {id} of an earlier run failed, so the stage begins again: {error:#}"
                 );
                 tell(task, events, text);
                 Ok(None)

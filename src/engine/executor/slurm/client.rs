@@ -1,4 +1,4 @@
-//! Slurm's own programs: how they are called, and what their answers mean.
+//! Calls Slurm's own programs and interprets their output.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::{OsStr, OsString};
@@ -10,21 +10,21 @@ use std::time::{Duration, Instant};
 
 use super::super::super::Control;
 
-/// How long one of Slurm's programs may take. They give up by themselves after some ten seconds when no controller answers; `sbatch` waits
+/// How long one of Slurm's programs may take. They give up after some ten seconds when no controller answers; `sbatch` waits
 /// minutes when the queue is full.
 const PATIENCE: Duration = Duration::from_secs(30);
 /// The interval at which a running program is checked.
 const TICK: Duration = Duration::from_millis(10);
-/// The most bytes of an answer.
+/// How many bytes of a program's output are read.
 const LONGEST: u64 = 64 << 20;
 
-/// The largest array where Slurm does not say it: its default, `MaxArraySize=1001`.
+/// The largest array if `scontrol` does not say it: Slurm's default, `MaxArraySize=1001`.
 const LARGEST_ARRAY: usize = 1001;
 
-/// The number of a job, or of one element of an array of jobs.
+/// The ID of a job, or of one element of an array of jobs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) struct JobId {
-    /// The job's, or the array's.
+    /// The number of the job, or of the array.
     pub(super) job: u64,
     /// The element of the array.
     pub(super) element: Option<u32>,
@@ -40,7 +40,7 @@ impl Display for JobId {
 }
 
 impl JobId {
-    /// Reads what Slurm's programs print.
+    /// Parses an ID as Slurm's programs print it.
     fn parse(text: &str) -> Option<Self> {
         let (job, element) = match text.split_once('_') {
             Some((job, element)) => (job, Some(element.parse().ok()?)),
@@ -51,25 +51,25 @@ impl JobId {
     }
 }
 
-/// Why Slurm did not do what it was asked.
+/// Why one of Slurm's programs failed.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub(super) enum Trouble {
     /// No controller answers.
     #[error("the controller does not answer: {0}")]
     Away(String),
-    /// No more jobs are taken now.
+    /// The queue takes no more jobs at present.
     #[error("the queue takes no more jobs now: {0}")]
     Full(String),
-    /// It will never do it.
+    /// The request will never succeed.
     #[error("{0}")]
     Refused(String),
-    /// The run was told to stop meanwhile.
+    /// The run was interrupted.
     #[error("interrupted")]
     Stopped,
 }
 
 impl Trouble {
-    /// Whether the same may go well later.
+    /// Whether the same request may succeed later.
     pub(super) fn passes(&self) -> bool {
         matches!(self, Self::Away(_) | Self::Full(_))
     }
@@ -82,9 +82,9 @@ pub(super) struct JobState {
     pub(super) state: String,
     /// Why it is in this state, such as `Resources`; empty where there is nothing to say.
     pub(super) reason: String,
-    /// The nodes it has, or had.
+    /// The nodes that it runs or ran on.
     pub(super) nodes: String,
-    /// What it says of itself, or others of it; a job that shares no folder with the runner tells in this way why it did not start.
+    /// Its comment. A job that shares no folder with the runner says here why it did not start its stage.
     pub(super) comment: String,
 }
 
@@ -122,23 +122,24 @@ impl JobState {
 
 /// Calls Slurm's programs.
 pub(super) struct Client {
-    /// Variables of the job that the runner itself may be in, which would be taken for settings of new jobs.
+    /// Environment variables of the job that the runner itself may run in. Slurm would take them for settings of new jobs.
     unset: Vec<OsString>,
-    /// Variables that a job does not get whose environment is that of `sbatch`.
+    /// Environment variables that `sbatch` does not pass on to jobs that get its environment.
     private: Vec<OsString>,
     largest_array: OnceLock<usize>,
 }
 
 /// The environment of one of Slurm's programs.
 enum Surroundings<'a> {
-    /// That of the runner, without what belongs to the job that it may be in.
+    /// That of the runner, without the variables of the job that it may run in.
     Own,
-    /// Slurm's settings and these variables, and no other.
+    /// Slurm's settings and these variables, and nothing else.
     Job(&'a BTreeMap<String, String>),
 }
 
 impl Client {
-    /// Without these variables of the environment. Those in `private` are kept from jobs that get the environment of `sbatch`, too.
+    /// A client that removes the variables in `unset` from the environment of every program, and those in `private` where jobs get the
+    /// environment of `sbatch`.
     pub(super) fn new(unset: Vec<OsString>, private: Vec<OsString>) -> Self {
         Self {
             unset,
@@ -147,7 +148,7 @@ impl Client {
         }
     }
 
-    /// Submits a script, and gives the number of the job, or of the array. With `environment` the job gets those variables from `sbatch`
+    /// Submits a script, and returns the number of the job, or of the array. With `environment`, the job gets those variables from `sbatch`
     /// itself.
     pub(super) fn submit(
         &self,
@@ -167,14 +168,14 @@ impl Client {
         })
     }
 
-    /// Whether a job like this would be taken. Nothing is submitted.
+    /// Checks whether Slurm would accept a job with these arguments, without submitting one.
     pub(super) fn test(&self, arguments: &[OsString]) -> Result<(), Trouble> {
         let mut all = vec![OsString::from("--test-only")];
         all.extend_from_slice(arguments);
         self.call("sbatch", &all, None).map(drop)
     }
 
-    /// The partitions that there are.
+    /// The names of all partitions, sorted.
     pub(super) fn partitions(&self) -> Vec<String> {
         let arguments = ["--noheader", "--format=%R"].map(OsString::from);
         let answer = self.call("sinfo", &arguments, None).unwrap_or_default();
@@ -184,7 +185,7 @@ impl Client {
         names
     }
 
-    /// The most elements that an array of jobs may have.
+    /// The largest number of elements that an array of jobs may have.
     pub(super) fn largest_array(&self) -> usize {
         *self.largest_array.get_or_init(|| {
             let told = self.call("scontrol", &["show", "config"], None);
@@ -203,7 +204,7 @@ impl Client {
         Ok(own.map(|(_, state)| state))
     }
 
-    /// What Slurm says of these jobs; those that it knows nothing of are left out, and others of their arrays may be there.
+    /// What Slurm says of these jobs. Jobs that it does not know are left out, and other elements of their arrays may be among the results.
     pub(super) fn states(&self, jobs: &BTreeSet<JobId>) -> Result<Vec<(JobId, JobState)>, Trouble> {
         // Of an array all at once: a thousand elements are more than a command line should have.
         let jobs: BTreeSet<u64> = jobs.iter().map(|id| id.job).collect();
@@ -234,7 +235,7 @@ impl Client {
         }
     }
 
-    /// Ends a job, or with the number of an array all of its elements.
+    /// Cancels a job, or all elements of an array if given its number.
     pub(super) fn cancel(&self, job: impl Display) -> Result<(), Trouble> {
         match self.call("scancel", &[job.to_string()], None) {
             // It is over already.
@@ -252,7 +253,7 @@ impl Client {
         self.call_in(&Surroundings::Own, program, arguments, control)
     }
 
-    /// Runs a program to its end, and gives what it wrote to standard output.
+    /// Runs a program to its end, and returns its standard output.
     fn call_in(
         &self,
         surroundings: &Surroundings<'_>,
@@ -308,7 +309,7 @@ impl Client {
     }
 }
 
-/// Waits for a program: whether it succeeded, or nothing if it took too long.
+/// Waits for a program to end. Returns whether it succeeded, or `None` if it took too long.
 fn wait(child: &mut Child, control: Option<&Control>) -> Result<Option<bool>, Trouble> {
     let start = Instant::now();
     let stop = |child: &mut Child| {
@@ -337,7 +338,7 @@ fn wait(child: &mut Child, control: Option<&Control>) -> Result<Option<bool>, Tr
     }
 }
 
-/// All that a program writes.
+/// Reads everything that a program writes into a pipe.
 fn text(pipe: Option<impl Read>) -> String {
     let mut bytes = Vec::new();
     if let Some(pipe) = pipe {
@@ -346,7 +347,7 @@ fn text(pipe: Option<impl Read>) -> String {
     String::from_utf8_lossy(&bytes).into_owned()
 }
 
-/// A line of `squeue`.
+/// Parses a line of `squeue`.
 fn job(line: &str) -> Option<(JobId, JobState)> {
     // The last one may have anything in it.
     let mut parts = line.trim().splitn(5, '|');
@@ -368,7 +369,7 @@ fn job(line: &str) -> Option<(JobId, JobState)> {
     ))
 }
 
-/// What the complaints of one of Slurm's programs mean.
+/// Classifies what one of Slurm's programs wrote to standard error.
 fn trouble(program: &str, errors: &str) -> Trouble {
     const AWAY: [&str; 8] = [
         "Unable to contact slurm controller",

@@ -1,5 +1,5 @@
-//! What jobs start, and the environment they get. On nodes that see the store the environment is a file that only its owner may read; elsewhere
-//! `sbatch` hands it on by itself. Neither the script nor the command line of `sbatch`, which others see, has any value of it.
+//! The script that a job starts, and its environment. On nodes that see the store, the environment is a file that only its owner may read;
+//! elsewhere `sbatch` passes it on. Its values are neither in the script nor on the command line of `sbatch`, which other users can see.
 
 use std::collections::BTreeMap;
 use std::os::unix::ffi::OsStrExt as _;
@@ -13,7 +13,7 @@ use super::super::allocator;
 use super::explain::SAYS;
 use super::settings::is_variable;
 
-/// Variables that every job gets: where programs and files of the user are, language and time zone, and switches of this program.
+/// Variables that every job gets: the user's paths, language and time zone, and settings of this program.
 const PASSED: [&str; 16] = [
     "HOME",
     "LANG",
@@ -103,7 +103,7 @@ pub(super) fn script(
     text
 }
 
-/// How a script begins on a node that sees the store.
+/// The beginning of a script on a node that sees the store.
 fn near(log: &str) -> String {
     format!(
         r#"{log}refuse() {{
@@ -116,7 +116,7 @@ cd "$folder" && . "$folder/{ENVIRONMENT}" || exit 1
     )
 }
 
-/// How it begins elsewhere: there only Slurm can be told why a stage was not started.
+/// The beginning of a script elsewhere. There, only a comment of the job can say why a stage was not started.
 fn far() -> String {
     format!(
         r#"refuse() {{
@@ -158,7 +158,7 @@ pub(super) fn lines(environment: &BTreeMap<String, String>) -> Vec<u8> {
     lines
 }
 
-/// A text as one word of a shell.
+/// Quotes a text as one word of a shell.
 fn quoted(text: &[u8]) -> Vec<u8> {
     let mut word = vec![b'\''];
     for byte in text {
