@@ -18,7 +18,7 @@ use crate::engine::{
     RunLabel, Session, State, Store, canonical_json, declared,
 };
 use crate::recipe::{Recipe, RecipeErrors, RecipeStage, Var};
-use crate::report::{RecipeNames, quoted};
+use crate::report::{RecipeNames, StagePlaces, quoted};
 use crate::stages::KINDS;
 use crate::stages::foresight::{self, Planned};
 
@@ -399,7 +399,6 @@ impl Project {
     /// How a command names the recipe, and where each stage stands in it, for messages.
     pub(super) fn recipe_names(&self, args: &RecipeArgs) -> RecipeNames {
         let path = self.recipe.path.display();
-        let span = |stage: &RecipeStage| self.recipe.place(stage.span);
         let stages = self.recipe.stages.iter();
         let changes = args.changes();
         let set = changes.iter().map(|set| {
@@ -409,9 +408,8 @@ impl Project {
         RecipeNames {
             recipe: quoted(&path.to_string()),
             set: set.collect(),
-            stages: stages
-                .map(|stage| (stage.name.clone(), span(stage)))
-                .collect(),
+            stages: stages.map(|stage| stage.name.clone()).collect(),
+            place: StagePlaces::new(self.recipe.places()),
         }
     }
 

@@ -34,6 +34,7 @@ mod links;
 mod lock;
 mod manifest;
 mod markers;
+mod one_look;
 mod outputs;
 mod params;
 mod part;
