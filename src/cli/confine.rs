@@ -44,9 +44,11 @@ pub(super) fn check(recipe: &Recipe, bounds: &Bounds) -> Result<(), RecipeErrors
                 .files
                 .get(from)
                 .and_then(|from| from.fetched.as_deref());
-            let start = start(recipe, file, &bounds.here);
             let leaves = judged.entry((from, file.path.as_str()));
-            let leaves = leaves.or_insert_with(|| bounds.leaves(&start, &file.path, fetched));
+            let leaves = leaves.or_insert_with(|| {
+                let start = start(recipe, file, &bounds.here);
+                bounds.leaves(&start, &file.path, fetched)
+            });
             if let Some(message) = leaves {
                 let kind = stage.kind.name;
                 let path = format!("stages.{}.{kind}.{}", stage.name, file.parameter);

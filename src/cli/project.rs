@@ -15,10 +15,10 @@ use crate::engine::glob::Pattern;
 use crate::engine::remote::Shared;
 use crate::engine::{
     EventLog, Executors, Graph, Jobs, LOCAL, LoggedEvent, Node, Outcome, Pins, Record, Run, RunEnv,
-    RunLabel, Session, State, Store, canonical_json,
+    RunLabel, Session, State, Store, canonical_json, declared,
 };
 use crate::recipe::{Recipe, RecipeErrors, RecipeStage, Var};
-use crate::report::{RecipeNames, quoted};
+use crate::report::{RecipeNames, StagePlaces, quoted};
 use crate::stages::KINDS;
 use crate::stages::foresight::{self, Planned};
 
@@ -335,7 +335,7 @@ impl Project {
             let hint = format!("that is `when: {}`{}", left.when, place.unwrap_or_default());
             return Err(Failure::Usage(error::with_hint(&message, &hint)));
         }
-        let of = name.split('[').next().unwrap_or_default();
+        let of = declared(name);
         let relatives = self.recipe.matching(of);
         let hint = if of != name && !relatives.is_empty() {
             format!("of `{of}` there is {}", self.names(&relatives))
@@ -399,7 +399,6 @@ impl Project {
     /// How a command names the recipe, and where each stage stands in it, for messages.
     pub(super) fn recipe_names(&self, args: &RecipeArgs) -> RecipeNames {
         let path = self.recipe.path.display();
-        let span = |stage: &RecipeStage| self.recipe.place(stage.span);
         let stages = self.recipe.stages.iter();
         let changes = args.changes();
         let set = changes.iter().map(|set| {
@@ -409,9 +408,8 @@ impl Project {
         RecipeNames {
             recipe: quoted(&path.to_string()),
             set: set.collect(),
-            stages: stages
-                .map(|stage| (stage.name.clone(), span(stage)))
-                .collect(),
+            stages: stages.map(|stage| stage.name.clone()).collect(),
+            place: StagePlaces::new(self.recipe.places()),
         }
     }
 

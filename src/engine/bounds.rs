@@ -12,6 +12,9 @@ use serde_json::{Map, Value};
 use super::params::NEUTRAL_KEY;
 use super::{Problem, Stage};
 
+/// The words of schemas for bounds.
+const KEYS: [&str; 4] = ["minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"];
+
 /// The bounds that a schema sets to a number.
 #[derive(Debug, Clone, Copy)]
 pub struct Bounds {
@@ -83,17 +86,28 @@ impl Bounds {
 
 /// What is wrong with a stage's parameters: numbers out of bounds, then [`Stage::check`].
 pub fn check<S: Stage>(stage: &S) -> Vec<Problem> {
+    check_written(stage, serde_json::to_value(stage).ok().as_ref())
+}
+
+/// [`check`] of a stage whose parameters are serialised already, if they can be.
+pub(super) fn check_written<S: Stage>(stage: &S, params: Option<&Value>) -> Vec<Problem> {
     let mut problems = Vec::new();
     let schema = schema_of::<S>();
-    if let Ok(params) = serde_json::to_value(stage) {
-        let definitions = &schema.definitions;
-        look(
-            &schema.params,
-            definitions,
-            &At::Top,
-            &params,
-            &mut problems,
-        );
+    match params {
+        Some(Value::Object(params)) if schema.is_plain => {
+            let bounded = schema.bounded.iter();
+            for (name, own) in bounded {
+                if let Some(value) = params.get(name) {
+                    let at = At::Key(&At::Top, name);
+                    look(own, &schema.definitions, &at, value, &mut problems);
+                }
+            }
+        }
+        Some(params) => {
+            let (all, definitions) = (&schema.params, &schema.definitions);
+            look(all, definitions, &At::Top, params, &mut problems);
+        }
+        None => {}
     }
     problems.extend(stage.check());
     problems
@@ -103,6 +117,42 @@ pub fn check<S: Stage>(stage: &S) -> Vec<Problem> {
 struct Described {
     params: Value,
     definitions: Map<String, Value>,
+    /// Whether the parameters are a map of properties and nothing else.
+    is_plain: bool,
+    /// Those of the properties in which a bound may be, in the order of their names: in most there is none.
+    bounded: Vec<(String, Value)>,
+}
+
+impl Described {
+    fn new(params: Value, definitions: Map<String, Value>) -> Self {
+        let others = ["$ref", "anyOf", "oneOf", "additionalProperties"];
+        let is_map = |key: &&str| params.get(key).is_some_and(|value| !value.is_boolean());
+        let properties = params.get("properties").and_then(Value::as_object);
+        let bounded = properties.into_iter().flatten();
+        let bounded = bounded.filter(|(_, own)| may_bound(own));
+        let mut bounded: Vec<_> = bounded
+            .map(|(name, own)| (name.clone(), own.clone()))
+            .collect();
+        bounded.sort_by(|a, b| a.0.cmp(&b.0));
+        Self {
+            is_plain: !others.iter().any(is_map),
+            bounded,
+            params,
+            definitions,
+        }
+    }
+}
+
+/// Whether a schema bounds a number, or refers to another one, which may.
+fn may_bound(schema: &Value) -> bool {
+    match schema {
+        Value::Object(map) => {
+            let is_one = |key: &String| KEYS.contains(&key.as_str()) || key == "$ref";
+            map.keys().any(is_one) || map.values().any(may_bound)
+        }
+        Value::Array(parts) => parts.iter().any(may_bound),
+        _ => false,
+    }
 }
 
 /// The schema of `S`, made once: a recipe may have thousands of stages.
@@ -113,10 +163,7 @@ fn schema_of<S: Stage>() -> Arc<Described> {
         let mut generator = SchemaGenerator::default();
         let params = <S as JsonSchema>::json_schema(&mut generator).to_value();
         let definitions = generator.take_definitions(true);
-        Arc::new(Described {
-            params,
-            definitions,
-        })
+        Arc::new(Described::new(params, definitions))
     });
     Arc::clone(described)
 }

@@ -146,7 +146,7 @@ impl Executors {
                 stage: task.stage.clone(),
                 level: Level::Warning,
                 text: format!(
-                    "a job of an earlier run may still work on it, but there is no executor `{}` any more to ask",
+                    "a job of an earlier run may still work on this stage, but its executor `{}` is no longer configured",
                     executor.unwrap_or_default()
                 ),
             });

@@ -5,12 +5,13 @@
 //! The fingerprint is stored in full and not only as its digest, so that reasons can give old and new values.
 
 use std::collections::BTreeMap;
+use std::fmt::Write as _;
 
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
 use super::canonical::{Digest, digest_entries};
-use super::markers::{Marker, child, marker};
+use super::markers::{Marker, below, child, marker};
 
 /// The key under which a content digest stands in place of an input or a local file.
 const CONTENT_KEY: &str = "$content";
@@ -50,7 +51,8 @@ impl Fingerprint {
         outside: BTreeMap<String, String>,
     ) -> anyhow::Result<(Self, BTreeMap<String, Origin>)> {
         let mut origins = BTreeMap::new();
-        let params = resolve(params, "", inputs, sources, &mut origins)?.unwrap_or(Value::Null);
+        let params = resolve(params, &mut String::new(), inputs, sources, &mut origins)?;
+        let params = params.unwrap_or(Value::Null);
         Ok((
             Self {
                 kind: kind.to_owned(),
@@ -108,7 +110,7 @@ pub(crate) fn content(leaf: &Value) -> Option<&str> {
 
 fn resolve(
     value: &Value,
-    path: &str,
+    path: &mut String,
     inputs: &BTreeMap<String, Digest>,
     sources: &BTreeMap<String, Digest>,
     origins: &mut BTreeMap<String, Origin>,
@@ -121,12 +123,12 @@ fn resolve(
         Some(Marker::Neutral) => return Ok(None),
         Some(Marker::Stage { stage, .. }) => {
             let resolved = lookup(inputs, &stage)?;
-            origins.insert(path.to_owned(), Origin::Stage(stage));
+            origins.insert(path.clone(), Origin::Stage(stage));
             return Ok(resolved);
         }
         Some(Marker::File(file)) => {
             let resolved = lookup(sources, &file)?;
-            origins.insert(path.to_owned(), Origin::File(file));
+            origins.insert(path.clone(), Origin::File(file));
             return Ok(resolved);
         }
         None => {}
@@ -135,7 +137,10 @@ fn resolve(
         Value::Object(map) => {
             let mut resolved = Map::new();
             for (key, value) in map {
-                if let Some(value) = resolve(value, &child(path, key), inputs, sources, origins)? {
+                let value = below(path, key, |path| {
+                    resolve(value, path, inputs, sources, origins)
+                })?;
+                if let Some(value) = value {
                     resolved.insert(key.clone(), value);
                 }
             }
@@ -144,13 +149,10 @@ fn resolve(
         Value::Array(items) => {
             let mut resolved = Vec::with_capacity(items.len());
             for (index, item) in items.iter().enumerate() {
-                resolved.extend(resolve(
-                    item,
-                    &format!("{path}[{index}]"),
-                    inputs,
-                    sources,
-                    origins,
-                )?);
+                let above = path.len();
+                let _ = write!(path, "[{index}]");
+                resolved.extend(resolve(item, path, inputs, sources, origins)?);
+                path.truncate(above);
             }
             Value::Array(resolved)
         }

@@ -20,6 +20,11 @@ pub struct Node {
     pub handling: Handling,
 }
 
+/// The name of a stage as the recipe declares it: without the values of a matrix.
+pub fn declared(stage: &str) -> &str {
+    stage.split('[').next().unwrap_or(stage)
+}
+
 /// Named stages with their edges, without cycles.
 pub struct Graph {
     /// The stages, in the order of the recipe.

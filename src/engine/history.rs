@@ -3,6 +3,7 @@
 //! A run that changed nothing since the last one is not recorded. Small text files that stages read (templates) are kept by content,
 //! so that a change can be shown line by line.
 
+use std::borrow::{Borrow, Cow};
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
@@ -173,7 +174,8 @@ impl Store {
         run.outcome = Outcome::Running;
         run.number = self
             .last_run(recipe, None)
-            .map_or(1, |last| last.number + 1);
+            .and_then(|last| Recorded::of(&last).map(|last| last.number + 1))
+            .unwrap_or(1);
         loop {
             let path = lock_path(&folder, run.number);
             let lock = open_lock(&path)?;
@@ -203,10 +205,12 @@ impl Store {
     ) -> anyhow::Result<Option<u64>> {
         let folder = self.runs_folder(recipe);
         let last = self.last_run(recipe, begun.as_ref().map(|begun| begun.number));
+        let last = last.as_deref().and_then(Recorded::of);
         if let Some(last) = &last {
             let same = |(name, stage): (&String, &RunStage)| {
-                last.stages.get(name).is_some_and(|old| {
-                    old.fingerprint == stage.fingerprint && old.artifact == stage.artifact
+                last.stages.get(name.as_str()).is_some_and(|old| {
+                    old.fingerprint.0 == stage.fingerprint
+                        && old.artifact.as_ref().map(|text| &*text.0) == stage.artifact.as_deref()
                 })
             };
             let ran = run.stages.values().any(|stage| stage.ran);
@@ -234,8 +238,8 @@ impl Store {
         }
     }
 
-    /// The newest run other than `but`, by the number in the name of its file.
-    fn last_run(&self, recipe: &str, but: Option<u64>) -> Option<Run> {
+    /// The file of the newest run other than `but`, by the number in its name.
+    fn last_run(&self, recipe: &str, but: Option<u64>) -> Option<Vec<u8>> {
         let folder = self.runs_folder(recipe);
         let but = but.map(|number| run_path(&folder, number));
         let entries = fs::read_dir(folder).ok()?;
@@ -245,7 +249,7 @@ impl Store {
                 .is_some_and(|extension| extension == "json")
                 && Some(path) != but.as_ref()
         });
-        serde_json::from_slice(&fs::read(runs.max()?).ok()?).ok()
+        fs::read(runs.max()?).ok()
     }
 
     pub(super) fn runs_folder(&self, recipe: &str) -> PathBuf {
@@ -312,6 +316,40 @@ impl Store {
             );
         }
         found
+    }
+}
+
+/// A recorded run, as far as a new one is compared with it. Its texts stay in what was read.
+#[derive(Deserialize)]
+struct Recorded<'a> {
+    number: u64,
+    outcome: Outcome,
+    #[serde(borrow)]
+    stages: BTreeMap<Text<'a>, RecordedStage<'a>>,
+}
+
+#[derive(Deserialize)]
+struct RecordedStage<'a> {
+    #[serde(borrow)]
+    fingerprint: Text<'a>,
+    #[serde(borrow)]
+    artifact: Option<Text<'a>>,
+}
+
+/// A text that is borrowed where it is written without escapes.
+#[derive(PartialEq, Eq, PartialOrd, Ord, Deserialize)]
+#[serde(transparent)]
+struct Text<'a>(#[serde(borrow)] Cow<'a, str>);
+
+impl Borrow<str> for Text<'_> {
+    fn borrow(&self) -> &str {
+        &self.0
+    }
+}
+
+impl<'a> Recorded<'a> {
+    fn of(bytes: &'a [u8]) -> Option<Self> {
+        serde_json::from_slice(bytes).ok()
     }
 }
 

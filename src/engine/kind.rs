@@ -2,12 +2,13 @@
 
 use std::collections::BTreeMap;
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use schemars::{Schema, SchemaGenerator};
+use serde_json::Value;
 
 use super::reading::ParseError;
-use super::{Artifact, Context, Estimate, Implied, Position, Problem, RunEnv, Stage};
+use super::{Artifact, Context, Estimate, Implied, Position, Problem, RunEnv, Stage, bounds};
 
 /// An entry of the list of kinds: everything that is known about a kind without its parameters.
 #[derive(Clone, Copy)]
@@ -19,7 +20,7 @@ pub struct Kind {
     /// The noun of what it makes, unless its parameters say otherwise ([`Stage::output`]).
     pub output: &'static str,
     /// Reads parameters.
-    pub parse: fn(serde_json::Value) -> Result<Arc<dyn AnyStage>, ParseError>,
+    pub parse: fn(Value) -> Result<Arc<dyn AnyStage>, ParseError>,
     /// [`Stage::IMPLIED`].
     pub implied: &'static [Implied],
     /// The JSON Schema of the parameters; its description is the kind's documentation.
@@ -40,8 +41,12 @@ impl Kind {
     }
 }
 
-fn parse<S: Stage>(params: serde_json::Value) -> Result<Arc<dyn AnyStage>, ParseError> {
-    S::read(params).map(|stage| Arc::new(stage) as Arc<dyn AnyStage>)
+fn parse<S: Stage>(params: Value) -> Result<Arc<dyn AnyStage>, ParseError> {
+    let stage = S::read(params)?;
+    Ok(Arc::new(Parsed {
+        stage,
+        params: OnceLock::new(),
+    }))
 }
 
 /// A stage of any kind. Implemented for every [`Stage`]; nothing else should implement it.
@@ -64,8 +69,9 @@ pub trait AnyStage: Send + Sync {
     fn runs_programs(&self) -> bool;
     /// [`Stage::LENGTH_PARAMETERS`].
     fn length_parameters(&self) -> &'static [&'static str];
-    /// Every parameter with its default filled in; inputs, files and neutral settings are marked (see `engine::params`).
-    fn params(&self) -> serde_json::Result<serde_json::Value>;
+    /// Every parameter with its default filled in; inputs, files and neutral settings are marked (see `engine::params`). A stage of a
+    /// recipe writes them once, since all who plan ask for them.
+    fn params(&self) -> serde_json::Result<Arc<Value>>;
     /// [`super::check`]: numbers out of bounds, and [`Stage::check`].
     fn check(&self) -> Vec<Problem>;
     /// [`Stage::check_processes`].
@@ -79,7 +85,7 @@ pub trait AnyStage: Send + Sync {
     /// [`Stage::position`].
     fn position(&self, scratch: &Path) -> Option<Position>;
     /// The parameters of [`Stage::on_first_rows`], marked as those of [`AnyStage::params`].
-    fn on_first_rows(&self, rows: usize) -> Option<serde_json::Value>;
+    fn on_first_rows(&self, rows: usize) -> Option<Value>;
     /// [`Stage::has_requirements`].
     fn has_requirements(&self) -> bool;
     /// [`Stage::accept`].
@@ -116,8 +122,8 @@ impl<S: Stage> AnyStage for S {
     fn length_parameters(&self) -> &'static [&'static str] {
         S::LENGTH_PARAMETERS
     }
-    fn params(&self) -> serde_json::Result<serde_json::Value> {
-        serde_json::to_value(self)
+    fn params(&self) -> serde_json::Result<Arc<Value>> {
+        serde_json::to_value(self).map(Arc::new)
     }
     fn check(&self) -> Vec<Problem> {
         super::check(self)
@@ -137,7 +143,7 @@ impl<S: Stage> AnyStage for S {
     fn position(&self, scratch: &Path) -> Option<Position> {
         Stage::position(self, scratch)
     }
-    fn on_first_rows(&self, rows: usize) -> Option<serde_json::Value> {
+    fn on_first_rows(&self, rows: usize) -> Option<Value> {
         serde_json::to_value(Stage::on_first_rows(self, rows)?).ok()
     }
     fn has_requirements(&self) -> bool {
@@ -148,5 +154,79 @@ impl<S: Stage> AnyStage for S {
     }
     fn run(&self, cx: &Context) -> anyhow::Result<()> {
         Stage::run(self, cx)
+    }
+}
+
+/// A stage as a recipe has it: its parameters stay as they are, and are serialised once.
+struct Parsed<S> {
+    stage: S,
+    params: OnceLock<Arc<Value>>,
+}
+
+impl<S: Stage> AnyStage for Parsed<S> {
+    fn kind(&self) -> &'static str {
+        S::KIND
+    }
+    fn version(&self) -> u32 {
+        S::VERSION
+    }
+    fn output(&self) -> &'static str {
+        AnyStage::output(&self.stage)
+    }
+    fn exclusive(&self) -> bool {
+        S::EXCLUSIVE
+    }
+    fn bounded(&self) -> bool {
+        S::BOUNDED
+    }
+    fn shards(&self) -> bool {
+        S::SHARDS
+    }
+    fn has_external_facts(&self) -> bool {
+        S::HAS_EXTERNAL_FACTS
+    }
+    fn runs_programs(&self) -> bool {
+        S::RUNS_PROGRAMS
+    }
+    fn length_parameters(&self) -> &'static [&'static str] {
+        S::LENGTH_PARAMETERS
+    }
+    fn params(&self) -> serde_json::Result<Arc<Value>> {
+        if let Some(params) = self.params.get() {
+            return Ok(Arc::clone(params));
+        }
+        let params = self.stage.params()?;
+        Ok(Arc::clone(self.params.get_or_init(|| params)))
+    }
+    fn check(&self) -> Vec<Problem> {
+        let params = self.params().ok();
+        bounds::check_written(&self.stage, params.as_deref())
+    }
+    fn check_processes(&self, processes: usize) -> Result<(), Problem> {
+        AnyStage::check_processes(&self.stage, processes)
+    }
+    fn external_facts(&self, env: &RunEnv) -> anyhow::Result<BTreeMap<String, String>> {
+        AnyStage::external_facts(&self.stage, env)
+    }
+    fn variables(&self) -> Vec<String> {
+        AnyStage::variables(&self.stage)
+    }
+    fn estimate(&self, cx: &Context) -> anyhow::Result<Option<Estimate>> {
+        AnyStage::estimate(&self.stage, cx)
+    }
+    fn position(&self, scratch: &Path) -> Option<Position> {
+        AnyStage::position(&self.stage, scratch)
+    }
+    fn on_first_rows(&self, rows: usize) -> Option<Value> {
+        AnyStage::on_first_rows(&self.stage, rows)
+    }
+    fn has_requirements(&self) -> bool {
+        AnyStage::has_requirements(&self.stage)
+    }
+    fn accept(&self, result: &Path) -> anyhow::Result<()> {
+        AnyStage::accept(&self.stage, result)
+    }
+    fn run(&self, cx: &Context) -> anyhow::Result<()> {
+        AnyStage::run(&self.stage, cx)
     }
 }

@@ -8,12 +8,13 @@ use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::time::Instant;
 
 use serde::{Deserialize, Serialize};
 
 use super::canonical::Digest;
 use super::files::{behind, read_sealed, write_sealed};
-use super::manifest::looks_like;
+use super::one_look::OneLook;
 use super::stat::{Stat, nanoseconds_now};
 use super::store::{Found, Store};
 
@@ -28,6 +29,8 @@ pub(crate) struct KnownResults {
     path: PathBuf,
     memo: Memo,
     seen: RefCell<Seen>,
+    /// The results that looked as they did.
+    looked: RefCell<OneLook<Digest, ()>>,
 }
 
 #[derive(Default, Serialize, Deserialize)]
@@ -40,32 +43,52 @@ struct Memo {
 struct Known {
     artifact: Digest,
     seconds: f64,
-    record: Look,
-    manifest: Look,
-    /// The times of the last change of the artifact's folders.
-    folders: BTreeMap<String, i64>,
-    files: BTreeMap<String, Look>,
+    /// The artifact's folders, itself included.
+    folders: Vec<String>,
+    files: Vec<String>,
+    /// The digest of how record, manifest, folders and files look: it is read in a fraction of the time that their numbers take.
+    looks: Digest,
 }
 
-/// A stat as a list of numbers, which is read in a third of the time that one with names takes.
-#[derive(Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(from = "(u64, i64, i64, u64)", into = "(u64, i64, i64, u64)")]
-struct Look(Stat);
+/// How files and folders look, as bytes of which a digest is made.
+#[derive(Default)]
+struct Looks(Vec<u8>);
 
-impl From<(u64, i64, i64, u64)> for Look {
-    fn from((size, modified, changed, inode): (u64, i64, i64, u64)) -> Self {
-        Self(Stat {
-            size,
-            modified,
-            changed,
-            inode,
-        })
+impl Looks {
+    fn note_file(&mut self, stat: Stat) {
+        self.0.extend(stat.size.to_le_bytes());
+        self.0.extend(stat.modified.to_le_bytes());
+        self.0.extend(stat.changed.to_le_bytes());
+        self.0.extend(stat.inode.to_le_bytes());
     }
-}
 
-impl From<Look> for (u64, i64, i64, u64) {
-    fn from(Look(stat): Look) -> Self {
-        (stat.size, stat.modified, stat.changed, stat.inode)
+    /// Of a folder the time of the last change counts.
+    fn note_folder(&mut self, changed: i64) {
+        self.0.extend(changed.to_le_bytes());
+    }
+
+    /// Looks at a file. Whether it is one.
+    fn at_file(&mut self, path: &Path) -> bool {
+        let Some(stat) = look_at(path) else {
+            return false;
+        };
+        self.note_file(stat);
+        true
+    }
+
+    /// Looks at a folder. Whether it is one.
+    fn at_folder(&mut self, path: &Path) -> bool {
+        match fs::symlink_metadata(path) {
+            Ok(found) if found.is_dir() => {
+                self.note_folder(Stat::from_metadata(&found).changed);
+                true
+            }
+            _ => false,
+        }
+    }
+
+    fn digest(&self) -> Digest {
+        blake3::hash(&self.0).to_hex().to_string()
     }
 }
 
@@ -105,6 +128,7 @@ impl KnownResults {
             memo: read_sealed(&path).unwrap_or_default(),
             path,
             seen: RefCell::default(),
+            looked: RefCell::new(OneLook::new()),
         }
     }
 
@@ -118,7 +142,7 @@ impl KnownResults {
         let mut seen = self.seen.borrow_mut();
         seen.asked.insert(fingerprint.to_owned());
         let known = self.memo.results.get(fingerprint).filter(|_| !thorough);
-        if let Some(known) = known.filter(|known| known.holds(store, fingerprint)) {
+        if let Some(known) = known.filter(|known| self.holds(known, store, fingerprint)) {
             return Ok(Lookup::Known {
                 artifact: known.artifact.clone(),
                 seconds: known.seconds,
@@ -137,12 +161,31 @@ impl KnownResults {
         Ok(Lookup::Read(found))
     }
 
+    /// [`Known::holds`], asked once a look: stages with the same fingerprint have the same result.
+    fn holds(&self, known: &Known, store: &Store, fingerprint: &str) -> bool {
+        let mut looked = self.looked.borrow_mut();
+        if looked.get(fingerprint).is_some() {
+            return true;
+        }
+        let now = Instant::now();
+        let holds = known.holds(store, fingerprint);
+        if holds {
+            looked.note(now, fingerprint.to_owned(), ());
+        }
+        holds
+    }
+
+    /// Ends a look: from now on all results are looked at again.
+    pub(super) fn look_again(&self) {
+        self.looked.borrow_mut().end();
+    }
+
     /// Trusts what was found since the memo was opened, however new it is.
     #[cfg(test)]
     pub(super) fn trust_all(&mut self, store: &Store) {
         let found = std::mem::take(&mut self.seen.get_mut().found).into_iter();
         let known = found.map(|(fingerprint, whole)| {
-            let known = Known::new(store, &fingerprint, &whole).unwrap();
+            let known = Known::new(store, &fingerprint, &whole, None).unwrap();
             (fingerprint, known)
         });
         self.memo.results.extend(known);
@@ -157,10 +200,8 @@ impl KnownResults {
         // A file whose last change was long enough before it was read is what was read, and each later change will show.
         let behind = behind(&store.folder("records"));
         let settled = seen.found.into_iter().filter_map(|(fingerprint, whole)| {
-            let known = Known::new(store, &fingerprint, &whole)?;
-            let time = whole.time - behind;
-            let settled = known.record.0.settled_at(time) && known.manifest.0.settled_at(time);
-            settled.then_some((fingerprint, known))
+            let known = Known::new(store, &fingerprint, &whole, Some(whole.time - behind))?;
+            Some((fingerprint, known))
         });
         let settled: Vec<_> = settled.collect();
         if settled.is_empty() {
@@ -176,38 +217,60 @@ impl KnownResults {
 }
 
 impl Known {
-    /// What a result looks like now; `None` if it is too large, or not all of it is told by its stats.
-    fn new(store: &Store, fingerprint: &str, whole: &Whole) -> Option<Self> {
+    /// What a result looks like now; `None` if it is too large, or not all of it is told by its stats. Record and manifest must have been
+    /// as they are since before `settled_at`, if that is given.
+    fn new(
+        store: &Store,
+        fingerprint: &str,
+        whole: &Whole,
+        settled_at: Option<i64>,
+    ) -> Option<Self> {
         let contents = store.manifest(&whole.artifact)?;
         let is_small = contents.files.len() <= MOST_FILES;
         let is_told = contents.digest() == whole.artifact && !contents.folders.is_empty();
-        if !(is_small && is_told) {
+        let record = look_at(&store.record_path(fingerprint))?;
+        let manifest = look_at(&store.manifest_path(&whole.artifact))?;
+        let is_settled = |stat: Stat| settled_at.is_none_or(|time| stat.settled_at(time));
+        if !(is_small && is_told && is_settled(record) && is_settled(manifest)) {
             return None;
+        }
+        let mut looks = Looks::default();
+        looks.note_file(record);
+        looks.note_file(manifest);
+        for changed in contents.folders.values() {
+            looks.note_folder(*changed);
+        }
+        for entry in contents.files.values() {
+            looks.note_file(entry.stat);
         }
         Some(Self {
             artifact: whole.artifact.clone(),
             seconds: whole.seconds,
-            record: look_at(&store.record_path(fingerprint))?,
-            manifest: look_at(&store.manifest_path(&whole.artifact))?,
-            folders: contents.folders,
-            files: (contents.files.into_iter())
-                .map(|(name, entry)| (name, Look(entry.stat)))
-                .collect(),
+            folders: contents.folders.into_keys().collect(),
+            files: contents.files.into_keys().collect(),
+            looks: looks.digest(),
         })
     }
 
     /// Whether everything looks as it did.
     fn holds(&self, store: &Store, fingerprint: &str) -> bool {
-        let files = self.files.iter();
-        let files = files.map(|(name, Look(stat))| (name.as_str(), *stat));
-        look_at(&store.record_path(fingerprint)) == Some(self.record)
-            && look_at(&store.manifest_path(&self.artifact)) == Some(self.manifest)
-            && looks_like(&store.artifact(&self.artifact), &self.folders, files)
+        let mut looks = Looks::default();
+        let artifact = store.artifact(&self.artifact);
+        // A path that ends in a slash would follow a link.
+        let below = |name: &String| match name.as_str() {
+            "" => artifact.clone(),
+            name => artifact.join(name),
+        };
+        looks.at_file(&store.record_path(fingerprint))
+            && looks.at_file(&store.manifest_path(&self.artifact))
+            && (self.folders.iter()).all(|name| looks.at_folder(&below(name)))
+            && (self.files.iter()).all(|name| looks.at_file(&below(name)))
+            && looks.digest() == self.looks
     }
 }
 
 /// The stat of a file; `None` for anything else.
-fn look_at(path: &Path) -> Option<Look> {
+fn look_at(path: &Path) -> Option<Stat> {
     let found = fs::symlink_metadata(path).ok()?;
-    found.is_file().then(|| Look(Stat::from_metadata(&found)))
+    found.is_file().then(|| Stat::from_metadata(&found))
 }

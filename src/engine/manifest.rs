@@ -215,7 +215,7 @@ impl Manifest {
 
 /// Whether a folder's folders have these times of their last change, and its files these stats. Without the time of the folder itself
 /// nobody knows.
-pub(super) fn looks_like<'n>(
+fn looks_like<'n>(
     folder: &Path,
     folders: &BTreeMap<String, i64>,
     mut files: impl Iterator<Item = (&'n str, Stat)>,

@@ -1,6 +1,8 @@
 //! Reads the markers in serialised parameters by which the engine finds edges, local files and neutral settings (`engine::params`
 //! writes them).
 
+use std::fmt::Write as _;
+
 use serde_json::Value;
 
 use super::params::{ARTIFACT_KEY, FILE_KEY, NEUTRAL_KEY, STAGE_KEY};
@@ -24,7 +26,7 @@ pub enum Marker {
 /// Every marker with its path (`dataset`, `models[1]`, `eval.dataset`), in the order of the parameters.
 pub fn markers(params: &Value) -> Vec<(String, Marker)> {
     let mut found = Vec::new();
-    collect(params, String::new(), &mut found);
+    collect(params, &mut String::new(), &mut found);
     found
 }
 
@@ -63,24 +65,39 @@ pub(crate) fn marker(value: &Value) -> Option<Marker> {
     map.contains_key(NEUTRAL_KEY).then_some(Marker::Neutral)
 }
 
-fn collect(value: &Value, path: String, found: &mut Vec<(String, Marker)>) {
+fn collect(value: &Value, path: &mut String, found: &mut Vec<(String, Marker)>) {
     if let Some(marker) = marker(value) {
-        found.push((path, marker));
+        found.push((path.clone(), marker));
         return;
     }
     match value {
         Value::Object(map) => {
             for (key, value) in map {
-                collect(value, child(&path, key), found);
+                below(path, key, |path| collect(value, path, found));
             }
         }
         Value::Array(items) => {
             for (index, item) in items.iter().enumerate() {
-                collect(item, format!("{path}[{index}]"), found);
+                let above = path.len();
+                let _ = write!(path, "[{index}]");
+                collect(item, path, found);
+                path.truncate(above);
             }
         }
         _ => {}
     }
+}
+
+/// Calls a function with the path to a key below `path`.
+pub(super) fn below<T>(path: &mut String, key: &str, then: impl FnOnce(&mut String) -> T) -> T {
+    let above = path.len();
+    if above > 0 {
+        path.push('.');
+    }
+    path.push_str(key);
+    let result = then(path);
+    path.truncate(above);
+    result
 }
 
 /// `path.key`, or `key` at the top.

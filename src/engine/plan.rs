@@ -223,10 +223,11 @@ impl Session<'_> {
             seen.insert(written.clone(), looked);
         }
         let stage = &node.stage;
+        let params = stage.params()?;
         let (fingerprint, origins) = Fingerprint::new(
             stage.kind(),
             stage.version(),
-            &stage.params()?,
+            &params,
             &inputs,
             &files,
             outside,

@@ -232,6 +232,9 @@ impl<'a> Runner<'a, '_> {
             if self.running.is_empty() {
                 break;
             }
+            // Until there is a result, anything may change.
+            sources.look_again();
+            self.known_results.look_again();
             let Ok((index, result)) = results.recv() else {
                 break;
             };

@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, Metadata};
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
+use std::time::Instant;
 
 use anyhow::{Context as _, bail, ensure};
 use serde::{Deserialize, Serialize};
@@ -14,6 +15,7 @@ use super::digest::digest_file;
 use super::files::{behind, read_sealed, write_sealed};
 use super::glob::Pattern;
 use super::manifest::Entry;
+use super::one_look::OneLook;
 use super::stat::{Stat, nanoseconds_now};
 use super::store::Store;
 
@@ -30,6 +32,8 @@ pub(crate) struct Sources {
     read: BTreeSet<String>,
     /// The links on the way to folders that were looked at since.
     ways: BTreeMap<PathBuf, Vec<(PathBuf, Identity)>>,
+    /// The files and folders that were looked at.
+    looked: OneLook<PathBuf, (Digest, Seen)>,
 }
 
 #[derive(Default, Serialize, Deserialize)]
@@ -267,12 +271,24 @@ impl Sources {
             anew,
             read: BTreeSet::new(),
             ways: BTreeMap::new(),
+            looked: OneLook::new(),
         }
     }
 
     /// The digest of a file's contents, or of a folder's files and names, and what they looked like before they were read. With
     /// `anew` every file is read.
     pub(crate) fn digest(&mut self, path: &Path, anew: bool) -> anyhow::Result<(Digest, Seen)> {
+        if !anew && let Some((digest, seen)) = self.looked.get(path) {
+            return Ok((digest.clone(), seen.clone()));
+        }
+        let now = Instant::now();
+        let (digest, seen) = self.look(path, anew)?;
+        let found = (digest.clone(), seen.clone());
+        self.looked.note(now, path.to_owned(), found);
+        Ok((digest, seen))
+    }
+
+    fn look(&mut self, path: &Path, anew: bool) -> anyhow::Result<(Digest, Seen)> {
         let mut seen = Seen::default();
         let folder = path.parent().unwrap_or(path);
         if !self.ways.contains_key(folder) {
@@ -338,9 +354,10 @@ impl Sources {
         self.read.insert(name);
     }
 
-    /// Forgets where links led: something changed, and is looked at again.
+    /// Forgets where links led and what was looked at: from now on all is looked at again.
     pub(crate) fn look_again(&mut self) {
         self.ways.clear();
+        self.looked.end();
     }
 
     /// Writes the memo back, if there is anything new in it.

@@ -39,7 +39,8 @@ impl Trial<'_> {
 impl Session<'_> {
     /// The parameters of a stage as a recipe has them, with defaults.
     pub fn parameters(&self, index: usize) -> anyhow::Result<Value> {
-        Ok(unmarked(self.graph.nodes[index].stage.params()?))
+        let params = self.graph.nodes[index].stage.params()?;
+        Ok(unmarked(Arc::unwrap_or_clone(params)))
     }
 
     /// The parameters of [`super::Stage::on_first_rows`] as a recipe has them.
@@ -99,7 +100,7 @@ impl Session<'_> {
             pipeline: env!("CARGO_PKG_VERSION").to_owned(),
             stage: node.name.clone(),
             kind: node.stage.kind().to_owned(),
-            params: unmarked(node.stage.params()?),
+            params: unmarked(Arc::unwrap_or_clone(node.stage.params()?)),
             exclusive: node.stage.exclusive(),
             offline: self.env.offline,
             cpus: resources.cpus,

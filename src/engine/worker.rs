@@ -192,7 +192,9 @@ impl Worker<'_, '_> {
             output: node.stage.output().to_owned(),
             artifact: String::new(),
             notes,
-            params: node.stage.params().map_err(anyhow::Error::from)?,
+            params: (node.stage.params())
+                .map(Arc::unwrap_or_clone)
+                .map_err(anyhow::Error::from)?,
             started,
             seconds,
             pipeline: env!("CARGO_PKG_VERSION").to_owned(),
@@ -332,7 +334,7 @@ impl Worker<'_, '_> {
             pipeline: env!("CARGO_PKG_VERSION").to_owned(),
             stage: node.name.clone(),
             kind: node.stage.kind().to_owned(),
-            params: unmarked(params),
+            params: unmarked(Arc::unwrap_or_clone(params)),
             exclusive: node.stage.exclusive(),
             offline: self.session.env.offline,
             cpus: resources.cpus,

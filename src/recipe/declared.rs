@@ -424,7 +424,7 @@ impl Declaration {
     pub(crate) fn shown(&self, draft: &Draft, vars: &Vars) -> Var {
         let path = keys(&["vars", &self.name]);
         let value = vars.get(&self.name).filter(|value| !value.is_null());
-        let as_json = |value: &Value| json(value, path.clone()).ok();
+        let as_json = |value: &Value| json(value, || path.clone()).ok();
         let of_type = self.declared.or_else(|| Type::of(value?));
         Var {
             name: self.name.clone(),

@@ -214,6 +214,9 @@ impl Draft {
 
     /// Whether the value at `path`, or something in it, is known to be wrong.
     pub(crate) fn is_broken(&self, path: &RecipePath) -> bool {
+        if self.broken.is_empty() {
+            return false;
+        }
         let next = self.broken.range(path.clone()..).next();
         next.is_some_and(|broken| broken.starts_with(path))
     }

@@ -102,7 +102,7 @@ pub struct Recipe {
     pub files: Vec<RecipeFile>,
     /// The names of vars that something uses.
     used_vars: BTreeSet<String>,
-    source_map: SourceMap,
+    source_map: Arc<SourceMap>,
     order: Vec<usize>,
 }
 
@@ -124,8 +124,6 @@ pub struct RecipeStage {
     pub edges: Vec<Edge>,
     /// The local files it reads.
     pub files: Vec<SourceFile>,
-    /// Where its name is written.
-    pub span: SourceSpan,
 }
 
 /// A parameter that takes another stage's artifact.
@@ -160,8 +158,6 @@ pub struct Output {
     pub stage: String,
     /// The path: relative, and inside the folder it starts at.
     pub path: String,
-    /// Where it is written; the start of the file when it came from `--set`.
-    pub span: SourceSpan,
 }
 
 impl RecipeStage {
@@ -233,6 +229,18 @@ impl Recipe {
         self.source_map.value(&self.steps(path)?)
     }
 
+    /// Where the name of a stage is written.
+    pub fn span_of_stage(&self, stage: &RecipeStage) -> SourceSpan {
+        self.source_map.stage(&stage.name)
+    }
+
+    /// Where stages are defined, by their names and for people.
+    pub fn places(&self) -> impl Fn(&str) -> String + Send + Sync + use<> {
+        let (source_map, path) = (Arc::clone(&self.source_map), self.path.clone());
+        let files = self.files.clone();
+        move |stage: &str| place(&files, &path, source_map.stage(stage))
+    }
+
     /// The steps of a path, in which the names of included stages have dots.
     fn steps(&self, path: &str) -> Option<RecipePath> {
         let included = path.split_once('.').and_then(|(section, rest)| {
@@ -259,8 +267,7 @@ impl Recipe {
 
     /// A place for people, as in `r.yaml:12:3`.
     pub fn place(&self, span: SourceSpan) -> String {
-        let file = self.files.get(span.file).map(|file| &file.shown);
-        format!("{}:{span}", file.unwrap_or(&self.path).display())
+        place(&self.files, &self.path, span)
     }
 
     /// The line at a place.
@@ -275,6 +282,12 @@ impl Recipe {
         let declared = self.stages.iter().map(|stage| stage.declared.as_str());
         hints::nearest(name, declared.chain(names))
     }
+}
+
+/// A place in one of the files of the recipe at `path`.
+fn place(files: &[RecipeFile], path: &Path, span: SourceSpan) -> String {
+    let file = files.get(span.file).map(|file| file.shown.as_path());
+    format!("{}:{span}", file.unwrap_or(path).display())
 }
 
 /// Reads a recipe file, which includes no other, applies `overrides`, and types and wires it. All mistakes come back at once.
@@ -474,15 +487,8 @@ fn parse_with(
     if !draft.errors.is_empty() {
         return Err(draft.into_errors());
     }
-    let start = SourceSpan {
-        file: 0,
-        line: 1,
-        column: 1,
-        length: 1,
-    };
     let mut stages = Vec::with_capacity(wired.stages.len());
     for stage in wired.stages {
-        let span = draft.source_map.key(&keys(&["stages", &stage.name]));
         // Every stage has its parts when there is no error.
         let (Some(kind), Some(typed)) = (stage.kind, stage.typed) else {
             continue;
@@ -501,7 +507,6 @@ fn parse_with(
             handling: stage.handling,
             edges: stage.edges,
             files: stage.files,
-            span: span.unwrap_or(start),
         });
     }
     let vars = shown(&composed, &draft);
@@ -517,21 +522,14 @@ fn parse_with(
         outputs: wired
             .outputs
             .into_iter()
-            .map(|(stage, path)| Output {
-                span: draft
-                    .source_map
-                    .value(&keys(&["outputs", &stage]))
-                    .unwrap_or(start),
-                stage,
-                path,
-            })
+            .map(|(stage, path)| Output { stage, path })
             .collect(),
         publish: wired.publish,
         left_out: draft.left_out,
         vars,
         files,
         used_vars: draft.used_vars,
-        source_map: draft.source_map,
+        source_map: Arc::new(draft.source_map),
         order: wired.order,
     })
 }

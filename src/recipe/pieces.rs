@@ -9,6 +9,8 @@ use std::sync::Arc;
 
 use serde_yaml::Value;
 
+use crate::engine::declared;
+
 use super::source_map::{RecipePath, SourceSpan};
 
 /// The values of vars by name.
@@ -49,7 +51,7 @@ pub(crate) struct Namespace {
 
 /// The name before the stage's own in that of an included stage: `prep` of `prep.chats[seed=1]`.
 pub(crate) fn namespace(stage: &str) -> Option<&str> {
-    let plain = stage.split('[').next().unwrap_or_default();
+    let plain = declared(stage);
     plain.rsplit_once('.').map(|(namespace, _)| namespace)
 }
 

@@ -3,15 +3,22 @@
 //! `serde_yaml` gives a line and column only in errors. So each scalar is read by a visitor that keeps the value and then fails on
 //! purpose: the error carries the position, and the parser continues after the scalar. One pass finds all spans, without a second YAML
 //! parser. Duplicate keys and merges are handled in the same pass, since a plain typed read would keep the last of two equal keys.
+//!
+//! Such errors take most of the time, and where nothing is wrong with a recipe nobody asks for a position. So the same visitor first
+//! reads values alone; it goes over the text once more where there is a mistake, or when the first position is asked for.
+
+mod key;
 
 use std::cell::{Cell, RefCell};
 use std::str::Chars;
+use std::sync::Arc;
 
 use serde::de::{DeserializeSeed, EnumAccess, Error as _, MapAccess, SeqAccess, Visitor};
 use serde_yaml::{Mapping, Value};
 
-use super::source_map::{BranchId, EntrySpans, Line, PathStep, SourceMap, SourceSpan, lines};
+use super::source_map::{BranchId, EntrySpans, Line, PathStep, SourceMap, SourceSpan, Tree, lines};
 use super::syntax::{Mistake, OURS, syntax};
+use key::KeySeed;
 
 /// The largest recipe, in bytes.
 const MAX_BYTES: usize = 1 << 20;
@@ -32,7 +39,7 @@ pub(crate) struct Read {
 }
 
 /// Reads the text of a recipe, which is the `file`-th of its files. The error is a mistake after which nothing else can be read.
-pub(crate) fn read(text: &str, file: usize) -> Result<Read, Mistake> {
+pub(crate) fn read(text: &Arc<str>, file: usize) -> Result<Read, Mistake> {
     let whole = |message: String, hint: &str| Mistake {
         message,
         span: None,
@@ -49,24 +56,25 @@ pub(crate) fn read(text: &str, file: usize) -> Result<Read, Mistake> {
         let message = "the recipe is nested too deeply".to_owned();
         return Err(whole(message, "the limit is 128 levels"));
     }
-    let reader = Reader {
-        file,
-        lines: lines(text).into_iter().map(Line::new).collect(),
-        source_map: RefCell::default(),
-        mistakes: RefCell::default(),
-        values: Cell::new(0),
-        text: Cell::new(0),
-    };
-    let node = Node {
-        reader: &reader,
-        id: SourceMap::ROOT,
-        key: None,
-    };
-    match node.deserialize(serde_yaml::Deserializer::from_str(text)) {
-        Ok((value, _)) => Ok(Read {
+    let values = Reader::new(text, file, false).read(text);
+    if let Ok((value, _, mistakes)) = values
+        && mistakes.is_empty()
+    {
+        let find = |text: &str, file| {
+            let found = Reader::new(text, file, true).read(text);
+            found.map_or_else(|_| Tree::default(), |(_, tree, _)| tree)
+        };
+        return Ok(Read {
             value,
-            source_map: reader.source_map.into_inner(),
-            mistakes: reader.mistakes.into_inner(),
+            source_map: SourceMap::of_text(Arc::clone(text), file, find),
+            mistakes,
+        });
+    }
+    match Reader::new(text, file, true).read(text) {
+        Ok((value, tree, mistakes)) => Ok(Read {
+            value,
+            source_map: tree.into(),
+            mistakes,
         }),
         Err(error) => Err(syntax(&error, &lines(text), file)),
     }
@@ -108,8 +116,10 @@ fn place(error: &str) -> Option<(usize, usize)> {
 
 struct Reader<'text> {
     file: usize,
+    /// Whether positions are wanted, and not values alone.
+    finds_places: bool,
     lines: Vec<Line<'text>>,
-    source_map: RefCell<SourceMap>,
+    tree: RefCell<Tree>,
     mistakes: RefCell<Vec<Mistake>>,
     values: Cell<usize>,
     /// Bytes of the texts so far.
@@ -162,11 +172,14 @@ impl<'de> DeserializeSeed<'de> for Node<'_, '_> {
             }
             (Err(error), None) => return Err(error),
         };
+        if !self.reader.finds_places {
+            return Ok((value, None));
+        }
         let span = self.reader.value_span(&value, mark, self.key);
         if let Some(span) = span {
             let key = self.key.unwrap_or(span);
             let spans = EntrySpans { key, value: span };
-            self.reader.source_map.borrow_mut().note(self.id, spans);
+            self.reader.tree.borrow_mut().note(self.id, spans);
         }
         Ok((value, self.key.or(span)))
     }
@@ -177,7 +190,12 @@ impl Visit<'_, '_> {
         self,
         value: impl Into<Value>,
     ) -> Result<(Value, Option<SourceSpan>), E> {
-        *self.kept.borrow_mut() = Some(value.into());
+        let (reader, value) = (self.node.reader, value.into());
+        if !reader.finds_places {
+            reader.count(Some(&value)).map_err(E::custom)?;
+            return Ok((value, None));
+        }
+        *self.kept.borrow_mut() = Some(value);
         Err(E::custom(MARK))
     }
 }
@@ -228,7 +246,7 @@ impl<'de> Visitor<'de> for Visit<'_, '_> {
         let mut first = None;
         loop {
             let reader = self.node.reader;
-            let id = reader.grow(self.node.id, PathStep::Index(elements.len()));
+            let id = reader.grow(self.node.id, || PathStep::Index(elements.len()));
             let node = Node {
                 reader,
                 id,
@@ -259,7 +277,7 @@ impl<'de> Visitor<'de> for Visit<'_, '_> {
                 continue;
             };
             if map.contains_key(&key) || (key == "<<" && !merges.is_empty()) {
-                let other = reader.source_map.borrow().below(self.node.id, &key);
+                let other = reader.tree.borrow().below(self.node.id, &key);
                 let hint = other.map(|spans| {
                     format!(
                         "it is written first in line {}; keep one of them",
@@ -272,7 +290,7 @@ impl<'de> Visitor<'de> for Visit<'_, '_> {
             }
             let node = Node {
                 reader,
-                id: reader.grow(self.node.id, PathStep::Key(key.clone())),
+                id: reader.grow(self.node.id, || PathStep::Key(key.clone())),
                 key: Some(span),
             };
             let (value, _) = data.next_value_seed(node)?;
@@ -306,97 +324,54 @@ impl<'de> Visitor<'de> for Visit<'_, '_> {
     }
 }
 
-/// Reads a key: its text, or `None` for a key that is not a text.
-struct KeySeed<'a, 'text>(&'a Reader<'text>);
-
-struct KeyVisitor<'a>(&'a RefCell<Option<Value>>);
-
-impl<'de> DeserializeSeed<'de> for KeySeed<'_, '_> {
-    type Value = (Option<String>, SourceSpan);
-
-    fn deserialize<D: serde::Deserializer<'de>>(
-        self,
-        deserializer: D,
-    ) -> Result<Self::Value, D::Error> {
-        let kept = RefCell::new(None);
-        let Err(error) = deserializer.deserialize_any(KeyVisitor(&kept)) else {
-            return Err(D::Error::custom("a key was not kept"));
+impl<'text> Reader<'text> {
+    fn new(text: &'text str, file: usize, finds_places: bool) -> Self {
+        let lines = if finds_places {
+            lines(text)
+        } else {
+            Vec::new()
         };
-        let Some(value) = kept.into_inner() else {
-            return Err(error);
+        Self {
+            file,
+            finds_places,
+            lines: lines.into_iter().map(Line::new).collect(),
+            tree: RefCell::default(),
+            mistakes: RefCell::default(),
+            values: Cell::new(0),
+            text: Cell::new(0),
+        }
+    }
+
+    /// The value of the text, its positions and the mistakes in it.
+    fn read(self, text: &str) -> Result<(Value, Tree, Vec<Mistake>), serde_yaml::Error> {
+        let node = Node {
+            reader: &self,
+            id: Tree::ROOT,
+            key: None,
         };
-        self.0.count(Some(&value)).map_err(D::Error::custom)?;
-        let span = self.0.mark(&error.to_string(), &value);
-        let key = match value {
-            Value::String(key) => Some(key),
-            _ => None,
-        };
-        Ok((key, span))
-    }
-}
-
-impl KeyVisitor<'_> {
-    fn keep<E: serde::de::Error>(self, value: impl Into<Value>) -> Result<(), E> {
-        *self.0.borrow_mut() = Some(value.into());
-        Err(E::custom(MARK))
-    }
-}
-
-impl<'de> Visitor<'de> for KeyVisitor<'_> {
-    type Value = ();
-
-    fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("a key")
-    }
-    fn visit_bool<E: serde::de::Error>(self, value: bool) -> Result<(), E> {
-        self.keep(value)
-    }
-    fn visit_i64<E: serde::de::Error>(self, value: i64) -> Result<(), E> {
-        self.keep(value)
-    }
-    fn visit_u64<E: serde::de::Error>(self, value: u64) -> Result<(), E> {
-        self.keep(value)
-    }
-    fn visit_i128<E: serde::de::Error>(self, _: i128) -> Result<(), E> {
-        self.keep(Value::Null)
-    }
-    fn visit_u128<E: serde::de::Error>(self, _: u128) -> Result<(), E> {
-        self.keep(Value::Null)
-    }
-    fn visit_f64<E: serde::de::Error>(self, value: f64) -> Result<(), E> {
-        self.keep(value)
-    }
-    fn visit_str<E: serde::de::Error>(self, value: &str) -> Result<(), E> {
-        self.keep(value)
-    }
-    fn visit_unit<E: serde::de::Error>(self) -> Result<(), E> {
-        self.keep(Value::Null)
-    }
-    fn visit_none<E: serde::de::Error>(self) -> Result<(), E> {
-        self.keep(Value::Null)
-    }
-    // If a key is a container, nothing is kept, so that the error ends the reading.
-    fn visit_seq<A: SeqAccess<'de>>(self, _: A) -> Result<(), A::Error> {
-        Err(A::Error::custom(format!(
-            "{OURS}a key must be a text, not a list"
-        )))
-    }
-    fn visit_map<A: MapAccess<'de>>(self, _: A) -> Result<(), A::Error> {
-        Err(A::Error::custom(format!(
-            "{OURS}a key must be a text, not a map|a text that begins with `{{` needs quotes"
-        )))
-    }
-    fn visit_enum<A: EnumAccess<'de>>(self, data: A) -> Result<(), A::Error> {
-        let (tag, _) = data.variant::<String>()?;
-        Err(A::Error::custom(format!(
-            "{OURS}the tag `{tag}` means nothing here|write the key without it"
-        )))
+        let (value, _) = node.deserialize(serde_yaml::Deserializer::from_str(text))?;
+        let mistakes = self.mistakes.into_inner();
+        Ok((value, self.tree.into_inner(), mistakes))
     }
 }
 
 impl Reader<'_> {
-    fn grow(&self, above: BranchId, step: PathStep) -> BranchId {
-        self.source_map.borrow_mut().grow(above, step)
+    fn grow(&self, above: BranchId, step: impl FnOnce() -> PathStep) -> BranchId {
+        if self.finds_places {
+            self.tree.borrow_mut().grow(above, step())
+        } else {
+            Tree::ROOT
+        }
+    }
+
+    /// What stands for a position where none are wanted.
+    fn nowhere(&self) -> SourceSpan {
+        SourceSpan {
+            file: self.file,
+            line: 1,
+            column: 1,
+            length: 1,
+        }
     }
 
     /// Counts the bytes of a text, including repetitions by aliases.
@@ -531,5 +506,51 @@ impl Reader<'_> {
             column: key.column + key.length + start,
             length: length.max(1),
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn values_are_the_same_with_and_without_positions() {
+        let long = format!("a: {}", "[1, {b: ~}, ".repeat(30) + &"]".repeat(30));
+        for text in [
+            "a: 1\nb: -2\nc: 0x1f\nd: 1e-5\ne: .inf\nf: true\ng: ~\nh:\ni: 'x''y'\nj: \"\\u00e9\"\n",
+            "a: [1, two, [3.0, null], {b: c}]\nb: {}\nc: []\n",
+            "a: |\n  one\n  two\nb: >-\n  three\n  four\n",
+            "x: &x {a: 1, b: 2}\ny: {<<: *x, b: 3}\nz: *x\n",
+            "x: &x {a: 1}\ny: &y {c: 1}\nz: {<<: [*x, *y], a: 9}\n",
+            "a: 170141183460469231731687303715884105728\nb: 99999999999999999999\n",
+            "# nothing else\na: !!str 5\nb: !!int '7'\n",
+            "{\"a\": {\"b\": [1, 2]}, \"c\": \"d\"}",
+            "\"5\": five\nyes: no\n",
+            "just a text",
+            "5",
+            &long,
+        ] {
+            let read = |places| Reader::new(text, 0, places).read(text);
+            match (read(false), read(true)) {
+                (Ok((alone, tree, told)), Ok((value, _, mistakes))) => {
+                    assert_eq!((alone, told.len()), (value, mistakes.len()), "{text}");
+                    assert!(SourceMap::from(tree).first().is_none(), "{text}");
+                }
+                (alone, value) => assert!(alone.is_err() && value.is_err(), "{text}"),
+            }
+        }
+    }
+
+    #[test]
+    fn positions_are_found_when_one_is_asked_for() {
+        let text: Arc<str> = "a: 1\nb: {c: 2}\n".into();
+        let Ok(read) = read(&text, 3) else {
+            panic!("it has no mistake");
+        };
+        let path = super::super::source_map::keys(&["b", "c"]);
+        assert_eq!(read.source_map.file(&path), 3);
+        let span = read.source_map.value(&path).unwrap();
+        assert_eq!((span.file, span.line, span.column), (3, 2, 8));
+        assert_eq!(read.source_map.file(&path), 3);
     }
 }

@@ -161,7 +161,7 @@ fn apply_one(
 ) -> Result<(), Refusal> {
     let example = || Some("as in `--set stages.tuned.train_orpo.beta=0.2`".to_owned());
     let steps = parse(path).map_err(|message| (message, example()))?;
-    let value = match read(value, draft.file) {
+    let value = match read(&value.into(), draft.file) {
         Ok(read) => match read.mistakes.into_iter().next() {
             None => read.value,
             Some(mistake) => return Err((mistake.message, mistake.hint)),

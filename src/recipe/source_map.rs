@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
+use std::sync::{Arc, OnceLock};
 
 /// A part of a path into the recipe.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
@@ -126,16 +127,34 @@ pub(crate) struct EntrySpans {
     pub(crate) value: SourceSpan,
 }
 
-/// The spans of a whole recipe, as a tree: the root is the first branch.
-#[derive(Debug, Clone)]
+/// The spans of a whole recipe. They are found when one of them is asked for: most runs need none.
+#[derive(Debug, Clone, Default)]
 pub(crate) struct SourceMap {
-    branches: Vec<Branch>,
+    tree: OnceLock<Tree>,
+    /// What finds the spans, unless they are there.
+    text: Option<Unread>,
+    /// What was moved before the spans were found.
+    moved: Vec<(RecipePath, RecipePath)>,
     /// Values that were filled in, and where they are written.
     elsewhere: BTreeMap<RecipePath, RecipePath>,
 }
 
 /// The most places that a value is looked for in one after the other. Recipes that include each other are bounded to fewer.
 pub(crate) const MOST_HOPS: usize = 64;
+
+/// The text of a file whose spans were not needed yet.
+#[derive(Debug, Clone)]
+struct Unread {
+    text: Arc<str>,
+    file: usize,
+    read: fn(&str, usize) -> Tree,
+}
+
+/// The spans of a file, as a tree: the root is the first branch.
+#[derive(Debug, Clone)]
+pub(crate) struct Tree {
+    branches: Vec<Branch>,
+}
 
 /// The index of a branch.
 pub(crate) type BranchId = usize;
@@ -146,16 +165,15 @@ struct Branch {
     below: BTreeMap<PathStep, BranchId>,
 }
 
-impl Default for SourceMap {
+impl Default for Tree {
     fn default() -> Self {
         Self {
             branches: vec![Branch::default()],
-            elsewhere: BTreeMap::new(),
         }
     }
 }
 
-impl SourceMap {
+impl Tree {
     /// The root of the tree.
     pub(crate) const ROOT: BranchId = 0;
 
@@ -180,6 +198,71 @@ impl SourceMap {
             .below
             .get(&PathStep::Key(key.to_owned()))?;
         self.branches[id].spans
+    }
+
+    /// Gives what stands at `path` the value that stands at `from`, which is written in it.
+    fn move_to(&mut self, path: &[PathStep], from: &[PathStep]) {
+        if let (Some(to), Some(from)) = (self.find(path), self.find(from))
+            && let (Some(spans), Some(new)) = (self.branches[to].spans, self.branches[from].spans)
+        {
+            self.branches[to].below = self.branches[from].below.clone();
+            self.branches[to].spans = Some(EntrySpans {
+                key: spans.key,
+                value: new.value,
+            });
+        }
+    }
+
+    fn find(&self, path: &[PathStep]) -> Option<BranchId> {
+        path.iter().try_fold(Self::ROOT, |id, step| {
+            self.branches[id].below.get(step).copied()
+        })
+    }
+}
+
+impl From<Tree> for SourceMap {
+    fn from(tree: Tree) -> Self {
+        Self {
+            tree: tree.into(),
+            ..Self::default()
+        }
+    }
+}
+
+impl SourceMap {
+    /// The spans of a text, which is the `file`-th of a recipe's, and which `read` finds when one of them is needed.
+    pub(crate) fn of_text(text: Arc<str>, file: usize, read: fn(&str, usize) -> Tree) -> Self {
+        Self {
+            text: Some(Unread { text, file, read }),
+            ..Self::default()
+        }
+    }
+
+    fn tree(&self) -> &Tree {
+        self.tree.get_or_init(|| {
+            let found = self.text.as_ref();
+            let found = found.map(|unread| (unread.read)(&unread.text, unread.file));
+            let mut tree = found.unwrap_or_default();
+            for (path, from) in &self.moved {
+                tree.move_to(path, from);
+            }
+            tree
+        })
+    }
+
+    /// The tree, to be changed.
+    fn take_tree(&mut self) -> Tree {
+        self.tree();
+        self.tree.take().unwrap_or_default()
+    }
+
+    /// Which file the value at `path` is written in.
+    pub(crate) fn file(&self, path: &[PathStep]) -> usize {
+        match (&self.text, self.tree.get()) {
+            // Nothing of another file is here.
+            (Some(unread), None) => unread.file,
+            _ => self.value(path).map_or(0, |span| span.file),
+        }
     }
 
     /// Notes that the value at `path` was filled in from the one at `from`.
@@ -214,39 +297,29 @@ impl SourceMap {
 
     /// Notes that the value at `path` is from now on what stands at `from`, which is written in it.
     pub(crate) fn moved(&mut self, path: &[PathStep], from: &[PathStep]) {
-        let branch = |map: &Self, path: &[PathStep]| {
-            let mut id = Self::ROOT;
-            for step in path {
-                id = *map.branches[id].below.get(step)?;
-            }
-            Some(id)
-        };
-        if let (Some(to), Some(from)) = (branch(self, path), branch(self, from))
-            && let (Some(spans), Some(new)) = (self.branches[to].spans, self.branches[from].spans)
-        {
-            self.branches[to].below = self.branches[from].below.clone();
-            self.branches[to].spans = Some(EntrySpans {
-                key: spans.key,
-                value: new.value,
-            });
+        match self.tree.get_mut() {
+            Some(tree) => tree.move_to(path, from),
+            None => self.moved.push((path.to_vec(), from.to_vec())),
         }
     }
 
     /// Takes the positions of another file in, below `at`.
-    pub(crate) fn graft(&mut self, at: &[PathStep], other: Self) {
-        let mut above = Self::ROOT;
+    pub(crate) fn graft(&mut self, at: &[PathStep], mut other: Self) {
+        let mut tree = self.take_tree();
+        let mut above = Tree::ROOT;
         for step in at {
-            above = self.grow(above, step.clone());
+            above = tree.grow(above, step.clone());
         }
-        let offset = self.branches.len();
+        let offset = tree.branches.len();
         let moved = |id: &mut BranchId| *id += offset;
-        let mut branches = other.branches;
+        let mut branches = other.take_tree().branches;
         for branch in &mut branches {
             branch.below.values_mut().for_each(moved);
         }
-        let root = std::mem::take(&mut branches[Self::ROOT]);
-        self.branches[above].below.extend(root.below);
-        self.branches.extend(branches);
+        let root = std::mem::take(&mut branches[Tree::ROOT]);
+        tree.branches[above].below.extend(root.below);
+        tree.branches.extend(branches);
+        self.tree = tree.into();
         let elsewhere = other.elsewhere.into_iter();
         self.elsewhere
             .extend(elsewhere.map(|(to, from)| ([at, &to].concat(), [at, &from].concat())));
@@ -254,8 +327,9 @@ impl SourceMap {
 
     /// Where the first key is written.
     pub(crate) fn first(&self) -> Option<SourceSpan> {
-        let keys = self.branches[Self::ROOT].below.values();
-        let spans = keys.filter_map(|id| Some(self.branches[*id].spans?.key));
+        let branches = &self.tree().branches;
+        let keys = branches[Tree::ROOT].below.values();
+        let spans = keys.filter_map(|id| Some(branches[*id].spans?.key));
         spans.min_by_key(|span| (span.line, span.column))
     }
 
@@ -269,14 +343,24 @@ impl SourceMap {
         self.find(path, |spans| spans.value)
     }
 
+    /// Where the name of a stage is written; the start of the first file if it is not.
+    pub(crate) fn stage(&self, name: &str) -> SourceSpan {
+        self.key(&keys(&["stages", name])).unwrap_or(SourceSpan {
+            file: 0,
+            line: 1,
+            column: 1,
+            length: 1,
+        })
+    }
+
     fn find(&self, path: &[PathStep], pick: fn(&EntrySpans) -> SourceSpan) -> Option<SourceSpan> {
-        let path = self.written(path);
-        let (mut id, mut around) = (Self::ROOT, None);
+        let (path, tree) = (self.written(path), self.tree());
+        let (mut id, mut around) = (Tree::ROOT, None);
         for step in &path {
-            let branch = &self.branches[id];
+            let branch = &tree.branches[id];
             // An entry from a merge has the position of the merge.
-            if id != Self::ROOT {
-                let merge = self.below(id, "<<");
+            if id != Tree::ROOT {
+                let merge = tree.below(id, "<<");
                 around = merge.or(branch.spans).or(around);
             }
             match branch.below.get(step) {
@@ -284,7 +368,7 @@ impl SourceMap {
                 None => return around.map(|spans| spans.key),
             }
         }
-        let spans = self.branches[id].spans;
+        let spans = tree.branches[id].spans;
         spans
             .map(|spans| pick(&spans))
             .or(around.map(|spans| spans.key))

@@ -101,8 +101,8 @@ fn stage(draft: &mut Draft, name: String, path: &RecipePath, value: &Value) -> D
     staged.handling = handling(draft, &staged.name, path, value);
     staged.path = child(path, kind.name);
     let params = match value.get(kind.name) {
-        Some(Value::Mapping(map)) => map.clone(),
-        None | Some(Value::Null) => Mapping::new(),
+        Some(Value::Mapping(map)) => map,
+        None | Some(Value::Null) => &Mapping::new(),
         Some(other) => {
             let message = format!(
                 "the parameters of `{}` must be a map, not {}",
@@ -113,9 +113,8 @@ fn stage(draft: &mut Draft, name: String, path: &RecipePath, value: &Value) -> D
             return staged;
         }
     };
-    let given = Value::Mapping(params.clone());
     if let Some(typed) = typing::parameters(draft, kind, &staged.path, params) {
-        let empty = empty(draft, kind, &staged.path, &given);
+        let empty = empty(draft, kind, &staged.path, params);
         typed.check(draft, kind, &staged.path, &empty);
         match typed.stage.params() {
             Ok(params) => edges_and_files(draft, &mut staged, &params, &typed),
@@ -191,10 +190,13 @@ fn handling(draft: &mut Draft, name: &str, path: &RecipePath, value: &Value) -> 
         let Some(setting) = value.get(key) else {
             continue;
         };
-        match json(setting, child(path, key)) {
+        match json(setting, || child(path, key)) {
             Ok(setting) => _ = given.insert(key.to_owned(), setting),
             Err(at) => not_finite(draft, path, name, &at),
         }
+    }
+    if given.is_empty() {
+        return Handling::default();
     }
     let read = read_all(
         draft,
@@ -299,7 +301,11 @@ fn kind(draft: &mut Draft, name: &str, path: &RecipePath, value: &Value) -> Opti
 
 /// Tells every empty text and name among the parameters: none of them means anything, but what stands between two texts may be white space
 /// or nothing. Returns where they are.
-fn empty(draft: &mut Draft, kind: &Kind, path: &RecipePath, value: &Value) -> Vec<RecipePath> {
+fn empty(draft: &mut Draft, kind: &Kind, path: &RecipePath, params: &Mapping) -> Vec<RecipePath> {
+    if !has_empty(params) {
+        return Vec::new();
+    }
+    let value = &Value::Mapping(params.clone());
     let mut found = Vec::new();
     let mut open = vec![(path.clone(), value)];
     while let Some((at, value)) = open.pop() {
@@ -345,6 +351,20 @@ fn empty(draft: &mut Draft, kind: &Kind, path: &RecipePath, value: &Value) -> Ve
     found
 }
 
+/// Whether a text or a name in a map may be one that [`empty`] tells.
+fn has_empty(map: &Mapping) -> bool {
+    fn is_empty(value: &Value) -> bool {
+        match value {
+            Value::String(text) => text.trim().is_empty(),
+            Value::Sequence(values) => values.iter().any(is_empty),
+            Value::Mapping(map) => has_empty(map),
+            _ => false,
+        }
+    }
+    map.iter()
+        .any(|(key, value)| is_empty(key) || is_empty(value))
+}
+
 /// The edges and files among serialised parameters.
 fn edges_and_files(
     draft: &Draft,
@@ -361,7 +381,8 @@ fn edges_and_files(
                 stage: producer,
                 artifact,
             } => stage.edges.push(Edge {
-                implied: draft.implied.contains(&below(&stage.path, &parameter)),
+                implied: !draft.implied.is_empty()
+                    && draft.implied.contains(&below(&stage.path, &parameter)),
                 parameter,
                 stage: producer,
                 artifact,
@@ -373,7 +394,7 @@ fn edges_and_files(
                     path,
                     start: match draft.origin(&at) {
                         Some(origin) => origin.file,
-                        None => Some(draft.source_map.value(&at).map_or(0, |span| span.file)),
+                        None => Some(draft.source_map.file(&at)),
                     },
                 });
             }

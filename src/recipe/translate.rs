@@ -169,12 +169,12 @@ pub fn translate(
     method: Option<&str>,
     kinds: &'static [Kind],
 ) -> Result<Translation, String> {
-    let read = read::read(text, 0).map_err(|mistake| mistake.message)?;
+    let read = read::read(&text.into(), 0).map_err(|mistake| mistake.message)?;
     if let Some(mistake) = read.mistakes.first() {
         return Err(mistake.message.clone());
     }
     let value =
-        as_json(&read.value, Vec::new()).map_err(|_| "it holds a number that is not finite")?;
+        as_json(&read.value, Vec::new).map_err(|_| "it holds a number that is not finite")?;
     let Value::Object(map) = &value else {
         return Err("it is not a map of keys".to_owned());
     };

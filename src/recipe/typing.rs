@@ -35,20 +35,19 @@ pub(crate) fn parameters(
     draft: &mut Draft,
     kind: &'static Kind,
     path: &RecipePath,
-    params: Mapping,
+    params: &Mapping,
 ) -> Option<Typed> {
     let own = draft.parameters(kind);
     let mut dropped = BTreeSet::new();
     let mut unknown = BTreeSet::new();
     for key in params.keys().filter_map(serde_yaml::Value::as_str) {
-        let at = child(path, key);
         if !own.has(key) {
             let message = format!("unknown parameter `{key}` of `{}`", kind.name);
             let advice = draft.gives_advice();
             let hint = advice.then(|| hints::parameter(key, kind, draft.kinds));
-            draft.key_error(&at, message, hint);
+            draft.key_error(&child(path, key), message, hint);
             unknown.insert(key.to_owned());
-        } else if draft.is_broken(&at) {
+        } else if !draft.broken.is_empty() && draft.is_broken(&child(path, key)) {
             dropped.insert(keys(&[key]));
         }
     }
@@ -80,18 +79,20 @@ pub(crate) fn parameters(
     }
     let mut given = Map::new();
     for (key, value) in params {
-        let serde_yaml::Value::String(key) = key else {
+        let Some(key) = key.as_str() else {
             continue;
         };
-        match json(&value, child(path, &key)) {
-            Ok(value) => _ = given.insert(key, value),
+        match json(value, || child(path, key)) {
+            Ok(value) => _ = given.insert(key.to_owned(), value),
             Err(at) => {
                 not_finite(draft, path, kind.name, &at);
-                dropped.insert(keys(&[&key]));
+                dropped.insert(keys(&[key]));
             }
         }
     }
-    given.retain(|key, _| !dropped.contains(&keys(&[key])) && !unknown.contains(key));
+    if !(dropped.is_empty() && unknown.is_empty()) {
+        given.retain(|key, _| !dropped.contains(&keys(&[key])) && !unknown.contains(key));
+    }
     let says = |path: &[PathStep]| allowed(kind, path);
     let read = read_all(
         draft,
@@ -268,9 +269,25 @@ pub(crate) fn below(stage: &RecipePath, parameter: &str) -> RecipePath {
 }
 
 /// A value as JSON, which has no numbers but finite ones: where there is another, the error is its path below `at`.
-pub(crate) fn json(value: &serde_yaml::Value, at: RecipePath) -> Result<Value, RecipePath> {
+pub(crate) fn json(
+    value: &serde_yaml::Value,
+    at: impl FnOnce() -> RecipePath,
+) -> Result<Value, RecipePath> {
+    finite(value).map_err(|way| {
+        let mut path = at();
+        path.extend(way.into_iter().rev());
+        path
+    })
+}
+
+/// [`json`]; the error is the way back from a number that is not finite.
+fn finite(value: &serde_yaml::Value) -> Result<Value, RecipePath> {
     use serde_yaml::Value as Yaml;
 
+    let step = |mut way: RecipePath, step| {
+        way.push(step);
+        way
+    };
     Ok(match value {
         Yaml::Null => Value::Null,
         Yaml::Bool(value) => (*value).into(),
@@ -279,14 +296,12 @@ pub(crate) fn json(value: &serde_yaml::Value, at: RecipePath) -> Result<Value, R
             (Some(number), ..) => number.into(),
             (_, Some(number), _) => number.into(),
             (.., Some(number)) if number.is_finite() => number.into(),
-            _ => return Err(at),
+            _ => return Err(RecipePath::new()),
         },
         Yaml::Sequence(values) => {
             let values = values.iter().enumerate();
             let values = values.map(|(index, value)| {
-                let mut at = at.clone();
-                at.push(PathStep::Index(index));
-                json(value, at)
+                finite(value).map_err(|way| step(way, PathStep::Index(index)))
             });
             Value::Array(values.collect::<Result<_, _>>()?)
         }
@@ -296,12 +311,13 @@ pub(crate) fn json(value: &serde_yaml::Value, at: RecipePath) -> Result<Value, R
                 .iter()
                 .filter_map(|(key, value)| Some((key.as_str()?, value)));
             let entries = entries.map(|(key, value)| {
-                let value = json(value, child(&at, key))?;
+                let value = finite(value);
+                let value = value.map_err(|way| step(way, PathStep::Key(key.to_owned())))?;
                 Ok::<_, RecipePath>((key.to_owned(), value))
             });
             Value::Object(entries.collect::<Result<_, _>>()?)
         }
-        Yaml::Tagged(_) => return Err(at),
+        Yaml::Tagged(_) => return Err(RecipePath::new()),
     })
 }
 

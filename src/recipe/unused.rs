@@ -53,7 +53,7 @@ impl Recipe {
                         "no stage uses the result of `{0}`, and it is no output; `outputs: {{ {0}: out/{0} }}` would put it there",
                         stage.declared
                     ),
-                    span: Some(stage.span),
+                    span: Some(self.span_of_stage(stage)),
                 });
             }
         }

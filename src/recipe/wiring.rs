@@ -61,7 +61,7 @@ fn edges(
         if edge.stage.trim().is_empty() {
             continue;
         }
-        let path = parameter_path(stage, &edge.parameter);
+        let path = || parameter_path(stage, &edge.parameter);
         let makers = |wanted: &str| -> Vec<&str> {
             stages
                 .iter()
@@ -72,11 +72,11 @@ fn edges(
         };
         let producer = names.get(edge.stage.as_str()).map(|index| &stages[*index]);
         let Some(producer) = producer else {
-            if draft.is_broken(&path) {
+            if draft.is_broken(&path()) {
                 continue;
             }
             if let Some((message, hint)) = left_out(draft, stage, edge) {
-                draft.value_error(&path, message, Some(hint));
+                draft.value_error(&path(), message, Some(hint));
                 continue;
             }
             let names = stages.iter().map(|other| other.name.as_str());
@@ -88,7 +88,7 @@ fn edges(
                 },
             };
             let message = format!("there is no stage `{}`", edge.stage);
-            draft.value_error(&path, message, Some(hint));
+            draft.value_error(&path(), message, Some(hint));
             continue;
         };
         if producer.name == stage.name {
@@ -97,7 +97,7 @@ fn edges(
                 [] => None,
                 ref makers => Some(made_by(makers, &edge.artifact)),
             };
-            draft.value_error(&path, message, hint);
+            draft.value_error(&path(), message, hint);
         } else if let Some(output) = producer.output()
             && output != edge.artifact
             && edge.artifact != Anything::NAME
@@ -133,7 +133,7 @@ fn edges(
                 }
                 ref makers => made_by(makers, &edge.artifact),
             };
-            draft.value_error(&path, message, Some(hint));
+            draft.value_error(&path(), message, Some(hint));
         }
     }
 }

@@ -70,7 +70,7 @@ pub fn events_reference() -> String {
         text,
         "`pipeline run RECIPE --json` writes what happens to standard output, one JSON object a line, and nothing else; warnings and errors of the program itself \
          go to standard error. `pipeline history RECIPE --events RUN --json` writes the events of an earlier run. Each line has `time` (UTC) and `event`, the name of \
-         what happened, beside the fields below. [events.schema.json](../../schemas/events.schema.json) has the same as JSON Schema.\n\n\
+         what happened, beside the fields below. `schemas/events.schema.json` in the repository has the same as JSON Schema.\n\n\
          `run_started` comes first and has `version`, now {EVENT_VERSION}: it rises when a reader of the last version would misread an event. New events and new fields \
          may come without that, so leave aside what you don't know. In `values`, numbers that are not finite are the texts `NaN`, `Infinity` and `-Infinity`.\n\n\
          ```json\n\

@@ -1,6 +1,5 @@
 //! How events are shown to people, and what they call their recipe.
 
-use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
@@ -43,8 +42,35 @@ pub struct RecipeNames {
     pub recipe: String,
     /// What the recipe was given by `--set`, as a command has it: empty, or with a space in front.
     pub set: String,
-    /// Where each stage is defined, by its name.
-    pub stages: BTreeMap<String, String>,
+    /// The names of its stages.
+    pub stages: Vec<String>,
+    /// Where each of them is defined.
+    pub place: StagePlaces,
+}
+
+/// Where the stages of a recipe are defined, which is found out when somebody asks.
+#[derive(Clone, Default)]
+pub struct StagePlaces(Option<Arc<Places>>);
+
+/// The place of a stage by its name.
+type Places = dyn Fn(&str) -> String + Send + Sync;
+
+impl StagePlaces {
+    /// The places that a function finds.
+    pub fn new(find: impl Fn(&str) -> String + Send + Sync + 'static) -> Self {
+        Self(Some(Arc::new(find)))
+    }
+
+    /// Where a stage is defined, if that can be found out.
+    pub fn of(&self, stage: &str) -> Option<String> {
+        self.0.as_ref().map(|find| find(stage))
+    }
+}
+
+impl std::fmt::Debug for StagePlaces {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("StagePlaces")
+    }
 }
 
 impl RecipeNames {

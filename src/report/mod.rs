@@ -28,7 +28,7 @@ use crate::engine::Event;
 
 pub use event_schema::{events_reference, events_schema};
 pub use json::JsonLines;
-pub use look::{Look, RecipeNames, Size, Verbosity, quoted};
+pub use look::{Look, RecipeNames, Size, StagePlaces, Verbosity, quoted};
 pub use screen::above;
 pub use terminal::Terminal;
 pub(crate) use text::has_the_store;

@@ -29,6 +29,15 @@ pub fn paint(style: Style, text: &str) -> String {
     format!("{style}{}{style:#}", harmless(text))
 }
 
+/// [`paint`] where there are colours; elsewhere only what would steer the terminal is written out.
+pub(super) fn paint_if(color: bool, style: Style, text: &str) -> String {
+    if color {
+        paint(style, text)
+    } else {
+        harmless(text).into_owned()
+    }
+}
+
 /// The text without its styles, as who has no colours sees it.
 pub fn stripped(text: &str) -> String {
     without_our_styles(text).unwrap_or_else(|| anstream::adapter::strip_str(text).to_string())

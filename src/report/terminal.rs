@@ -14,7 +14,7 @@ use super::frame::Frame;
 use super::look::{Look, RecipeNames, Verbosity};
 use super::progress::{Pen, Running};
 use super::screen::Screen;
-use super::style::{BOLD, DIM, ERROR, GOOD, RUNS, WAITS, WARNING, paint, stripped};
+use super::style::{BOLD, DIM, ERROR, GOOD, RUNS, WAITS, WARNING, paint_if, stripped};
 use super::table::{Row, Table};
 use super::text::{bytes, count, duration, harmless, has_the_store, significant, thousands};
 use super::width::{width, wrap};
@@ -69,7 +69,7 @@ impl<W: Write> Terminal<W> {
     }
 
     fn on(recipe: RecipeNames, look: Look, screen: Screen<W>) -> Self {
-        let names = recipe.stages.keys().map(|name| width(name)).max();
+        let names = recipe.stages.iter().map(|name| width(name)).max();
         Self {
             recipe,
             look,
@@ -366,7 +366,7 @@ impl<W: Write> Terminal<W> {
         }
         self.add_always(ERROR, "failed", &format!("{stage}: {error}"));
         let mut more = Vec::new();
-        if let Some(span) = self.recipe.stages.get(stage) {
+        if let Some(span) = self.recipe.place.of(stage) {
             more.push(format!("it is defined at {span}"));
         }
         // Who looks at the log itself needs no more of it.
@@ -526,16 +526,17 @@ impl<W: Write> Terminal<W> {
         let columns = self
             .room()
             .map_or(usize::MAX, |columns| columns.saturating_sub(INDENT).max(8));
-        let fits = width(&text) + width(more) <= columns;
+        let fits = columns == usize::MAX || width(&text) + width(more) <= columns;
+        let color = self.look.color;
         let (text, more) = match more {
-            more if fits && !more.is_empty() => (text.as_str(), paint(DIM, more)),
+            more if fits && !more.is_empty() => (text.as_str(), paint_if(color, DIM, more)),
             _ => (text.trim_end(), String::new()),
         };
         let lines = text.split('\n').flat_map(|line| wrap(line, columns));
         for (index, line) in lines.enumerate() {
             let label = if index == 0 { label } else { "" };
             let more = if index == 0 { more.as_str() } else { "" };
-            let label = paint(style, &format!("{label:>9}"));
+            let label = paint_if(color, style, &format!("{label:>9}"));
             self.write(&format!("{label}  {line}{more}"));
         }
     }

@@ -29,6 +29,9 @@ pub(super) fn cut(text: &str, columns: usize) -> String {
 
 /// The text in lines of at most so many columns, broken between words; words that are longer stay whole.
 pub fn wrap(text: &str, columns: usize) -> Vec<String> {
+    if columns == usize::MAX {
+        return vec![text.to_owned()];
+    }
     let mut lines = vec![String::new()];
     // The columns that are used of the last line, and whether it has a word.
     let (mut used, mut begun) = (0, false);
@@ -65,6 +68,7 @@ mod tests {
         assert_eq!(wrap("one two three", 8), ["one two", "three"]);
         assert_eq!(wrap("a-very-long-word b", 5), ["a-very-long-word", "b"]);
         assert_eq!(wrap("", 5), [""]);
+        assert_eq!(wrap(" one  two ", usize::MAX), [" one  two "]);
         assert_eq!(wrap("  a  b", 50), ["  a  b"]);
     }
 }

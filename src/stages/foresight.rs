@@ -5,6 +5,7 @@
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use serde_json::Value;
 
@@ -249,8 +250,9 @@ impl<'a> Stages<'a> {
         if scored.stage.kind() != "score_reference" {
             return None;
         }
-        let theirs = compute(&scored.stage.params().ok()?);
-        let own = compute(&planned.stage.params().ok()?);
+        let theirs = scored.stage.params().ok()?;
+        let own = planned.stage.params().ok()?;
+        let (theirs, own) = (compute(&theirs), compute(&own));
         (theirs != own).then_some((scored.name, theirs, own))
     }
 
@@ -261,7 +263,7 @@ impl<'a> Stages<'a> {
         while at.stage.kind() != "import_dataset" {
             at = self.edge(at, "dataset")?;
         }
-        let params = unmarked(at.stage.params().ok()?);
+        let params = unmarked(Arc::unwrap_or_clone(at.stage.params().ok()?));
         let import: ImportDataset = serde_json::from_value(params).ok()?;
         let (path, columns) = import.columns_of_first_row(&at.files)?;
         Some(Rows {
@@ -277,7 +279,8 @@ fn params<S: Stage>(planned: &Planned<'_>) -> Option<S> {
     if planned.stage.kind() != S::KIND {
         return None;
     }
-    serde_json::from_value(unmarked(planned.stage.params().ok()?)).ok()
+    let params = Arc::unwrap_or_clone(planned.stage.params().ok()?);
+    serde_json::from_value(unmarked(params)).ok()
 }
 
 /// The `config.json` of an imported model, with the folder as it was written.

@@ -84,6 +84,12 @@ fn anchors(text: &str) -> BTreeSet<String> {
     anchors
 }
 
+/// Whether a file is one of those that mdBook copies.
+fn is_in_the_book(file: &Path) -> bool {
+    let book = repository().join("docs").canonicalize().unwrap();
+    file.canonicalize().unwrap().starts_with(book)
+}
+
 #[test]
 fn every_link_leads_somewhere() {
     let mut wrong = Vec::new();
@@ -106,6 +112,8 @@ fn every_link_leads_somewhere() {
             };
             if !target.exists() {
                 wrong.push(format!("{}: there is no `{link}`", page.display()));
+            } else if page.starts_with("docs") && !is_in_the_book(&target) {
+                wrong.push(format!("{}: `{link}` is outside the book", page.display()));
             } else if let Some(anchor) = anchor
                 && !anchors(&fs::read_to_string(&target).unwrap()).contains(anchor)
             {
@@ -115,6 +123,28 @@ fn every_link_leads_somewhere() {
     }
     assert!(wrong.is_empty(), "{wrong:#?}");
     assert!(seen > 60, "only {seen} links");
+}
+
+/// How many cells a row of a table has. A `|` in a cell has a backslash before it, in code too.
+fn cells(row: &str) -> usize {
+    row.replace("\\|", "").matches('|').count()
+}
+
+#[test]
+fn every_row_of_a_table_has_the_cells_of_its_head() {
+    let mut wrong = Vec::new();
+    for page in pages() {
+        let (mut fenced, mut head) = (false, None);
+        for (number, line) in read(&page).lines().enumerate() {
+            fenced ^= line.starts_with("```");
+            if fenced || !line.starts_with('|') {
+                head = None;
+            } else if *head.get_or_insert(cells(line)) != cells(line) {
+                wrong.push(format!("{}:{}", page.display(), number + 1));
+            }
+        }
+    }
+    assert!(wrong.is_empty(), "{wrong:#?}");
 }
 
 #[test]

@@ -323,21 +323,25 @@ fn find(below: &Path, name: &str) -> PathBuf {
 const WAITS: &str =
     "echo begun\nwhile [ ! -e \"$SCRATCH/go\" ]; do sleep 0.1; done\necho made >\"$OUT/made\"\n";
 
-/// Lets [`WAITS`] end.
-fn let_go(project: &Project) {
-    let scratch = find(&project.path(".pipeline/v1/jobs"), "scratch");
-    fs::write(scratch.join("go"), "").unwrap();
+/// Lets [`WAITS`] end whose scratch folder is below this one.
+fn let_go_below(folder: &Path) {
+    fs::write(find(folder, "scratch").join("go"), "").unwrap();
 }
 
-#[test]
-fn jobs_that_were_left_are_joined() {
-    let Some(cluster) = Cluster::start(1, "") else {
-        return;
+/// Lets [`WAITS`] end on a node that shares the project's store.
+fn let_go(project: &Project) {
+    let_go_below(&project.path(".pipeline/v1/jobs"));
+}
+
+/// Leaves jobs of a project in all ways and comes back to them. Their scratch folders are below `jobs`.
+fn are_left_and_joined(cluster: &Cluster, project: &Project, jobs: &Path) {
+    scripted(project, WAITS, "");
+    let begun = |seen: &[Value]| {
+        let told = messages(seen, "own");
+        told.iter().filter(|text| *text == "begun").count()
     };
-    let project = project(&cluster, "partition: main");
-    scripted(&project, WAITS, "");
     // Told to leave them.
-    let mut run = Running::start(&project, &["own.yaml", "--leave-jobs"]);
+    let mut run = Running::start(project, &["own.yaml", "--leave-jobs"]);
     run.wait_for_message("begun");
     run.signal(Signal::SIGINT);
     let (code, seen) = run.ended();
@@ -347,37 +351,50 @@ fn jobs_that_were_left_are_joined() {
         told.last().unwrap().contains("goes on by itself"),
         "{told:?}"
     );
-    let jobs = cluster.queued("RUNNING");
-    assert_eq!(jobs.len(), 1);
+    let running = cluster.queued("RUNNING");
+    assert_eq!(running.len(), 1);
     // A runner that joined it and died.
-    let mut run = Running::start(&project, &["own.yaml"]);
+    let mut run = Running::start(project, &["own.yaml"]);
     run.wait_for_message("joins it");
     // What it told before is told again.
     run.wait_for_message("begun");
     run.signal(Signal::SIGKILL);
     let (code, _) = run.ended();
     assert_eq!(code, None);
-    assert_eq!(cluster.queued("RUNNING"), jobs);
+    assert_eq!(cluster.queued("RUNNING"), running);
     // Somebody who wants it here joins it all the same: it is not made twice.
-    let mut run = Running::start(&project, &["own.yaml", "--executor", "local"]);
+    let mut run = Running::start(project, &["own.yaml", "--executor", "local"]);
     run.wait_for_message("joins it");
-    let_go(&project);
+    let_go_below(jobs);
     let (code, seen) = run.ended();
     assert_eq!(code, Some(0), "{seen:?}");
-    assert_eq!(cluster.queued("all"), jobs);
-    assert_eq!(jobs_left(&project), 0);
+    assert_eq!(begun(&seen), 1, "{seen:?}");
+    assert_eq!(cluster.queued("all"), running);
+    assert_eq!(jobs_left(project), 0);
 
     // One that ended while nobody was there.
     project.write("own.sh", &format!("# other\n{WAITS}"));
-    let mut run = Running::start(&project, &["own.yaml"]);
+    let mut run = Running::start(project, &["own.yaml"]);
     run.wait_for_message("begun");
     run.signal(Signal::SIGKILL);
     run.ended();
-    let_go(&project);
+    let_go_below(jobs);
     cluster.wait_until("the job is over", || cluster.queued("RUNNING").is_empty());
-    let told = project.succeeds(&["run", "--json", "own.yaml"]);
-    assert!(told.contains("stage_done"), "{told}");
+    let told = events(&project.succeeds(&["run", "--json", "own.yaml"]));
+    assert!(stages(&told, "stage_done").contains_key("own"), "{told:?}");
+    assert_eq!(begun(&told), 1, "{told:?}");
     assert_eq!(cluster.queued("all").len(), 2);
+    assert_eq!(jobs_left(project), 0);
+}
+
+#[test]
+fn jobs_that_were_left_are_joined() {
+    let Some(cluster) = Cluster::start(1, "") else {
+        return;
+    };
+    let project = project(&cluster, "partition: main");
+    let jobs = project.path(".pipeline/v1/jobs");
+    are_left_and_joined(&cluster, &project, &jobs);
 }
 
 #[test]

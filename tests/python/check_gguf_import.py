@@ -2,7 +2,7 @@
 """Checks by hand that GGUF files become the models and tokenizers that transformers and llama.cpp make of them.
 
     pip install torch==2.15.0 transformers==5.23.0 gguf==0.19.0 llama-cpp-python==0.3.36 sentencepiece==0.2.1
-    pip download --no-binary :all: --no-deps llama-cpp-python==0.3.36 && tar xf llama_cpp_python-0.3.36.tar.gz
+    pip download --no-binary llama-cpp-python --no-deps llama-cpp-python==0.3.36 && tar xf llama_cpp_python-0.3.36.tar.gz
     python tests/python/check_gguf_import.py target/release/pipeline --models a.gguf b.gguf \
         --llama-cpp llama_cpp_python-0.3.36/vendor/llama.cpp [--only models|vocabularies|families]
 

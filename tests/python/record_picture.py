@@ -41,9 +41,13 @@ def rows(session):
             else:
                 runs.append((look, [cell.data]))
         found.append([(look, "".join(text)) for look, text in runs])
-    while found and not "".join(text for _, text in found[-1]).strip():
+    while found and not text(found[-1]).strip():
         found.pop()
     return found
+
+
+def text(runs):
+    return "".join(part for _, part in runs)
 
 
 def plain(text, bold=False):
@@ -87,7 +91,11 @@ def main():
             sys.exit(f"{arguments}: {session.code}\n{session.text()}")
         shown = rows(session)
         if len(shown) > FIRST + LAST + 1:
-            shown = shown[:FIRST] + [plain("     ..")] + shown[-LAST:]
+            end = shown[-LAST:]
+            # A message whose beginning is left out is left out whole.
+            while end and text(end[0]).startswith(" " * 11):
+                end = end[1:]
+            shown = shown[:FIRST] + [plain("     ..")] + end
         lines += [plain("$ pipeline " + " ".join(arguments), True), *shown, plain("")]
     lines.pop()
     shutil.rmtree(folder)

@@ -222,7 +222,7 @@ fn devices() -> Vec<Finding> {
     }
     let each = adapters.iter().enumerate().map(|(number, adapter)| {
         let software = if adapter.software {
-            ", which a processor plays"
+            ", a software driver"
         } else {
             ""
         };

@@ -1,5 +1,7 @@
 //! `export`: writes a recipe's graph for another program that runs it: as scripts of Slurm.
 
+mod arrays;
+
 use std::fmt::Write as _;
 use std::fs::{self, Permissions};
 use std::os::unix::fs::PermissionsExt as _;
@@ -8,11 +10,13 @@ use std::path::{Path, PathBuf};
 use anyhow::Context as _;
 use clap::Subcommand;
 
+use arrays::{After, Group, groups};
+
 use crate::cli::args::{RecipeArgs, StoreArgs};
 use crate::cli::executors::{Clusters, program};
 use crate::cli::project::Project;
 use crate::cli::{Failure, error, print};
-use crate::engine::{LOCAL, Node, SlurmSettings};
+use crate::engine::{Graph, LOCAL, declared};
 use crate::report::quoted;
 
 #[derive(clap::Args)]
@@ -39,6 +43,9 @@ struct Slurm {
     /// The cluster of `pipeline.config.yaml` whose settings stages get that name none [default: the only one]
     #[arg(long, value_name = "NAME")]
     executor: Option<String>,
+    /// The most combinations of a matrix in one script, as an array of jobs; 1 writes a script for each
+    #[arg(long, value_name = "N", default_value_t = 1000, value_parser = clap::value_parser!(u32).range(1..))]
+    array_size: u32,
     #[command(flatten)]
     store: StoreArgs,
 }
@@ -53,8 +60,8 @@ pub(in crate::cli) fn run(args: &Args) -> Result<(), Failure> {
 struct Script {
     name: String,
     text: String,
-    /// The positions of the scripts that have to succeed before.
-    after: Vec<usize>,
+    /// The option of `sbatch` with what has to succeed before.
+    dependency: String,
 }
 
 fn slurm(args: &Slurm) -> Result<(), Failure> {
@@ -102,76 +109,187 @@ fn scripts(
 ) -> Result<Vec<Script>, Failure> {
     let graph = &project.graph;
     let needed = graph.needed(targets);
-    let here = std::env::current_dir().context("there is no current folder")?;
-    let program = word(&program()?);
-    let common = common(args);
+    let order: Vec<usize> = graph
+        .order
+        .iter()
+        .copied()
+        .filter(|stage| needed[*stage])
+        .collect();
     let default = args.executor.as_deref().or_else(|| clusters.only());
-    let mut place = vec![0; graph.nodes.len()];
-    let mut scripts = Vec::new();
-    let recipe = project.recipe.path.file_stem().unwrap_or_default();
-    let recipe = plain(&recipe.to_string_lossy());
-    let width = needed.iter().filter(|needed| **needed).count().to_string();
-    let order = graph.order.iter().filter(|index| needed[**index]);
-    for (at, &index) in order.enumerate() {
-        place[index] = at;
-        let node = &graph.nodes[index];
-        let named = node.handling.executor.as_deref();
+    let options = |stage: usize| {
+        let handling = &graph.nodes[stage].handling;
+        let named = handling.executor.as_deref();
         let named = named.filter(|name| *name != LOCAL).or(default);
-        let settings = named.and_then(|name| clusters.get(name));
-        let settings = settings.cloned().unwrap_or_default();
-        let label = format!("{recipe}.{}", plain(&node.name));
-        let mut text = head(&label, &settings, node);
-        let stage = quoted(&node.name);
-        _ = writeln!(text, "cd {} || exit 1", word(&here));
-        let inputs = &graph.inputs[index];
-        if !inputs.is_empty() {
-            let names: Vec<String> = inputs
+        let settings = named.and_then(|name| clusters.get(name)).cloned();
+        let settings = settings.unwrap_or_default();
+        settings.options(&handling.resources, handling.timeout)
+    };
+    let like = |stage: usize| {
+        let name = graph.nodes[stage].name.as_str();
+        let of = declared(name);
+        (of != name).then(|| (of, options(stage)))
+    };
+    let groups = groups(&graph.inputs, &order, like, args.array_size as usize);
+    let here = std::env::current_dir().context("there is no current folder")?;
+    let recipe = project.recipe.path.file_stem().unwrap_or_default();
+    let writer = Writer {
+        graph,
+        recipe: plain(&recipe.to_string_lossy()),
+        here: word(&here),
+        program: word(&program()?),
+        common: common(args),
+    };
+    let width = groups.len().to_string().len();
+    let scripts = groups.iter().zip(1..).map(|(group, number)| Script {
+        name: format!("{number:0width$}-{}.sh", plain(writer.name(group))),
+        text: writer.text(group, &options(group.stages[0].1)),
+        dependency: dependency(group),
+    });
+    Ok(scripts.collect())
+}
+
+/// What all scripts have in common.
+struct Writer<'a> {
+    graph: &'a Graph,
+    recipe: String,
+    here: String,
+    program: String,
+    common: String,
+}
+
+impl Writer<'_> {
+    /// What the stages of a script are called.
+    fn name(&self, group: &Group) -> &str {
+        let first = &self.graph.nodes[group.stages[0].1].name;
+        if group.is_array() {
+            declared(first)
+        } else {
+            first
+        }
+    }
+
+    /// The script for stages that get these options of `sbatch`.
+    fn text(&self, group: &Group, options: &[String]) -> String {
+        let mut text = self.head(group, options);
+        let (program, common) = (&self.program, &self.common);
+        _ = writeln!(text, "cd {} || exit 1", self.here);
+        let reads = |stage: usize| -> String {
+            let inputs = self.graph.inputs[stage].iter();
+            let names: Vec<String> = inputs.map(|input| self.quoted(*input)).collect();
+            names.join(" ")
+        };
+        let (_, first) = group.stages[0];
+        let (mut stage, mut inputs, mut who) =
+            (self.quoted(first), reads(first), "$SLURM_JOB_NAME");
+        if group.is_array() {
+            let are_same = group
+                .stages
                 .iter()
-                .map(|input| quoted(&graph.nodes[*input].name))
-                .collect();
-            let names = names.join(" ");
+                .all(|(_, stage)| reads(*stage) == inputs);
+            _ = writeln!(text, "case $SLURM_ARRAY_TASK_ID in");
+            for (element, stage) in &group.stages {
+                let own = if are_same {
+                    String::new()
+                } else {
+                    format!("; set -- {}", reads(*stage))
+                };
+                _ = writeln!(text, "{element}) stage={}{own} ;;", self.quoted(*stage));
+            }
+            text.push_str(
+                "*)\n    echo \"$SLURM_JOB_NAME has no element $SLURM_ARRAY_TASK_ID\" >&2\n    exit 1\n    ;;\nesac\n",
+            );
+            (stage, who) = ("\"$stage\"".to_owned(), "$stage");
+            if !are_same {
+                inputs = "\"$@\"".to_owned();
+            }
+        }
+        if !inputs.is_empty() {
             _ = writeln!(
                 text,
                 "# Slurm starts a job, too, whose dependency it has forgotten, so what the stage reads is looked at here.\n\
-                 {program} plan {common} {names} --exit-code --quiet || {{\n    \
-                 echo \"not all that $SLURM_JOB_NAME reads is there\" >&2\n    exit 1\n}}"
+                 {program} plan {common} {inputs} --exit-code --quiet || {{\n    \
+                 echo \"not all that {who} reads is there\" >&2\n    exit 1\n}}"
             );
         }
         _ = writeln!(
             text,
             "exec {program} run {common} {stage} --executor {LOCAL}"
         );
-        scripts.push(Script {
-            name: format!(
-                "{:0width$}-{}.sh",
-                at + 1,
-                plain(&node.name),
-                width = width.len()
-            ),
-            text,
-            after: inputs.iter().map(|input| place[*input]).collect(),
-        });
+        text
     }
-    Ok(scripts)
+
+    /// What the options of `sbatch` say, as the head of a script.
+    fn head(&self, group: &Group, options: &[String]) -> String {
+        let name = self.name(group);
+        let kind = self.graph.nodes[group.stages[0].1].stage.kind();
+        let label = format!("{}.{}", self.recipe, plain(name));
+        let mut text = if group.is_array() {
+            let elements = ranges(group.stages.iter().map(|(element, _)| *element));
+            format!(
+                "#!/bin/sh\n# Combinations of {name} ({kind}), each of them a job.\n#SBATCH --job-name={label}\n\
+                 #SBATCH --output={label}.%A_%a.log\n#SBATCH --array={elements}\n"
+            )
+        } else {
+            format!(
+                "#!/bin/sh\n# Stage {name} ({kind}).\n#SBATCH --job-name={label}\n#SBATCH --output={label}.%j.log\n"
+            )
+        };
+        for option in options {
+            let quotes = if option.contains([' ', '#']) {
+                "\""
+            } else {
+                ""
+            };
+            _ = writeln!(text, "#SBATCH {quotes}{option}{quotes}");
+        }
+        text
+    }
+
+    /// The name of a stage as a word of a shell.
+    fn quoted(&self, stage: usize) -> String {
+        quoted(&self.graph.nodes[stage].name)
+    }
 }
 
-/// What the options of `sbatch` say, as the head of a script.
-fn head(label: &str, settings: &SlurmSettings, node: &Node) -> String {
-    let handling = &node.handling;
-    let mut text = format!(
-        "#!/bin/sh\n# Stage {} ({}).\n#SBATCH --job-name={label}\n#SBATCH --output={label}.%j.log\n",
-        node.name,
-        node.stage.kind()
-    );
-    for option in settings.options(&handling.resources, handling.timeout) {
-        let quotes = if option.contains([' ', '#']) {
-            "\""
-        } else {
-            ""
-        };
-        _ = writeln!(text, "#SBATCH {quotes}{option}{quotes}");
+/// Numbers in the way of `--array`: `0-3,5`.
+fn ranges(numbers: impl Iterator<Item = usize>) -> String {
+    let mut ranges: Vec<(usize, usize)> = Vec::new();
+    for number in numbers {
+        match ranges.last_mut() {
+            Some((_, last)) if *last + 1 == number => *last = number,
+            _ => ranges.push((number, number)),
+        }
     }
-    text
+    let shown = ranges.into_iter().map(|(first, last)| {
+        if first == last {
+            first.to_string()
+        } else {
+            format!("{first}-{last}")
+        }
+    });
+    shown.collect::<Vec<_>>().join(",")
+}
+
+/// The option that says what a script waits for, by the variables of `submit.sh` that have the numbers of jobs; empty if it waits for nothing.
+fn dependency(group: &Group) -> String {
+    let (mut all, mut corresponding) = (Vec::new(), Vec::new());
+    for after in &group.after {
+        match after {
+            After::All(group) => all.push(format!("$job{}", group + 1)),
+            After::Element(group, element) => all.push(format!("${{job{}}}_{element}", group + 1)),
+            After::Corresponding(group) => corresponding.push(format!("$job{}", group + 1)),
+        }
+    }
+    let lists = [("afterok", all), ("aftercorr", corresponding)];
+    let lists = lists.iter().filter(|(_, jobs)| !jobs.is_empty());
+    let lists: Vec<String> = lists
+        .map(|(sort, jobs)| format!("{sort}:{}", jobs.join(":")))
+        .collect();
+    if lists.is_empty() {
+        String::new()
+    } else {
+        format!("--dependency={} ", lists.join(","))
+    }
 }
 
 /// What all calls of this program have in common.
@@ -202,21 +320,15 @@ fn submit(recipe: &Path, scripts: &[Script]) -> String {
          # A job whose dependency failed is cancelled. If one can't be submitted, those before it are cancelled.\n\
          set -e\ncd \"$(dirname \"$0\")\"\njobs=\ntrap '[ -z \"$jobs\" ] || scancel $jobs' EXIT\n\
          submit() {{\n    job=$(sbatch --parsable --kill-on-invalid-dep=yes \"$@\")\n    job=${{job%%;*}}\n    jobs=\"$jobs $job\"\n\
-         \x20   echo \"$job\"  >&2\n}}\n",
+         \x20   echo \"$job\" >&2\n}}\n",
         quoted(&recipe.display().to_string())
     );
-    for (at, script) in scripts.iter().enumerate() {
-        let after: Vec<String> = script.after.iter().map(|at| format!("$job{at}")).collect();
-        let dependency = if after.is_empty() {
-            String::new()
-        } else {
-            format!("--dependency=afterok:{} ", after.join(":"))
-        };
-        _ = writeln!(
-            text,
-            "submit {dependency}\"$@\" {}\njob{at}=$job",
-            quoted(&script.name)
-        );
+    for (script, number) in scripts.iter().zip(1..) {
+        let Script {
+            name, dependency, ..
+        } = script;
+        let name = quoted(name);
+        _ = writeln!(text, "submit {dependency}\"$@\" {name}\njob{number}=$job");
     }
     text.push_str("jobs=\n");
     text

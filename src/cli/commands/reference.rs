@@ -69,7 +69,7 @@ fn table(text: &mut String, arguments: &[&Arg]) {
             text,
             "| {}`{}` | {}{}{} |",
             short.unwrap_or_default(),
-            name(argument),
+            name(argument).replace('|', "\\|"),
             help.replace('|', "\\|"),
             values(argument),
             default(argument)

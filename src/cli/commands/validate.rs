@@ -81,7 +81,10 @@ fn validate(recipe: &RecipeArgs, args: &Args) -> Result<(), Failure> {
                 "stages.{}.{}.{}",
                 stage.name, stage.kind.name, file.parameter
             );
-            let span = project.recipe.span_of(&parameter).or(Some(stage.span));
+            let span = || {
+                let span = project.recipe.span_of(&parameter);
+                span.or(Some(project.recipe.span_of_stage(stage)))
+            };
             let found = project.graph.nodes.get(index);
             let found = found.and_then(|node| node.sources.get(&file.path));
             let listed = found.map(|found| files_at(found));
@@ -89,13 +92,14 @@ fn validate(recipe: &RecipeArgs, args: &Args) -> Result<(), Failure> {
                 Some(Ok(listed)) => files += listed.len() as u64,
                 Some(Err(error)) => {
                     all_there = false;
-                    tell(span, &format!("`{}`: {error:#}", stage.name));
+                    tell(span(), &format!("`{}`: {error:#}", stage.name));
                 }
                 None => {}
             }
         }
         if all_there && let Err(error) = session.try_first_rows(index, FIRST_ROWS, &mut tried) {
-            tell(Some(stage.span), &format!("`{}`: {error:#}", stage.name));
+            let span = project.recipe.span_of_stage(stage);
+            tell(Some(span), &format!("`{}`: {error:#}", stage.name));
         }
     }
     if wrong.get() == 0 && !args.no_files {
@@ -110,7 +114,10 @@ fn validate(recipe: &RecipeArgs, args: &Args) -> Result<(), Failure> {
                 && !runs_programs
                 && let Err(error) = trials.check(index)
             {
-                tell(Some(stage.span), &format!("{error:#}"));
+                tell(
+                    Some(project.recipe.span_of_stage(stage)),
+                    &format!("{error:#}"),
+                );
             }
         }
     }

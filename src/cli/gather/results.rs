@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 use super::runs::{metrics, parameters};
 use super::stages::standings;
 use crate::cli::project::Project;
-use crate::engine::{Artifact as _, Fingerprint, Origin, Record, Run, State, content};
+use crate::engine::{Artifact as _, Fingerprint, Origin, Record, Run, State, content, declared};
 use crate::recipe::RecipeStage;
 use crate::stages::artifacts::Scores;
 
@@ -113,11 +113,6 @@ pub(in crate::cli) fn results(project: &Project, wanted: &[usize]) -> Vec<Row> {
         }
     }
     rows
-}
-
-/// The name of a stage without the values of a matrix.
-fn declared(name: &str) -> &str {
-    name.split('[').next().unwrap_or(name)
 }
 
 /// What was read already.

@@ -1,6 +1,7 @@
 //! The stages of a recipe with their states, parameters and results, for the report.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use serde_json::Value;
 
@@ -125,7 +126,7 @@ pub(super) fn stages(
         let record = standing.record.as_ref();
         let params = match record {
             Some(record) => Some(record.params.clone()),
-            None => stage.stage.params().ok(),
+            None => stage.stage.params().ok().map(Arc::unwrap_or_clone),
         };
         stages.push(Stage {
             name: stage.name.clone(),

@@ -40,7 +40,7 @@ use client::{Client, JobId, Trouble};
 pub use explain::explain_to_slurm;
 use gather::Gathering;
 use queue::Queue;
-use script::Place;
+use script::Location;
 pub use settings::SlurmSettings;
 
 /// The pause between two questions while no controller answers.
@@ -82,7 +82,7 @@ struct Order {
     stage: String,
     folder: JobFolder,
     options: Vec<String>,
-    place: Place,
+    location: Location,
     /// The environment that `sbatch` hands on, where no file can be read that has it.
     environment: Option<BTreeMap<String, String>>,
 }
@@ -283,7 +283,7 @@ impl Slurm {
                 task,
                 events,
                 format!(
-                    "job {id} of an earlier run is cancelled, because what it reads was changed meanwhile, or it was to be made anew"
+                    "job {id} of an earlier run is cancelled, because what it reads has changed since, or this run makes the result anew"
                 ),
             );
             let stopped = Control::default();
@@ -300,7 +300,7 @@ impl Slurm {
         match self.follow(&job, task, events, control) {
             Err(error) if control.check().is_ok() => {
                 let text = format!(
-                    "job {id} of an earlier run failed, so that it begins again: {error:#}"
+                    "job {id} of an earlier run failed, so the stage begins again: {error:#}"
                 );
                 tell(task, events, text);
                 Ok(None)

@@ -1,11 +1,11 @@
-//! What a runner and a job exchange by the remote where the job's node does not share the store: folders as artifacts, and small messages.
+//! How a runner and a job exchange data through the remote if the job's node does not see the store: folders as artifacts, and small messages.
 //!
 //! ```text
-//! v1/jobs/<job>/task.json             what the job is to do
-//! v1/jobs/<job>/<n>/started           its start number n, claimed by create-if-absent
-//! v1/jobs/<job>/<n>/events-<k>.jsonl  what that start told, piece by piece
-//! v1/jobs/<job>/<n>/stopped           it was told to stop, and did
-//! v1/jobs/<job>/result.json           how the first start that came to an end ended
+//! v1/jobs/<job>/task.json             the task of the job
+//! v1/jobs/<job>/<n>/started           marks its n-th start, and is created only once
+//! v1/jobs/<job>/<n>/events-<k>.jsonl  the events of that start, in numbered parts
+//! v1/jobs/<job>/<n>/stopped           that start was stopped from outside, and has no result
+//! v1/jobs/<job>/result.json           the result of the first start that came to an end
 //! ```
 
 use std::collections::BTreeSet;
@@ -24,9 +24,9 @@ use super::super::store::Store;
 use super::layout::{JOBS, get_up_to};
 use super::{Object, Remote, Shared};
 
-/// The message with what a job is to do.
+/// The message with the task of a job.
 pub(in crate::engine) const TASK: &str = "task.json";
-/// The most bytes of it.
+/// The largest task, in bytes.
 pub(in crate::engine) const LONGEST_TASK: usize = 256 << 20;
 
 /// The messages of one job.
@@ -44,12 +44,12 @@ impl Mailbox {
             .write(&self.key(name), bytes.len() as u64, &mut source)
     }
 
-    /// Writes a message if there is none of that name; whether it did.
+    /// Writes a message if there is none of that name. Returns whether it was written.
     pub(in crate::engine) fn create(&self, name: &str, bytes: Vec<u8>) -> anyhow::Result<bool> {
         self.remote.create(&self.key(name), bytes)
     }
 
-    /// Reads a message of at most so many bytes; none if it is not there.
+    /// Reads a message of at most `longest` bytes. Returns `None` if it does not exist.
     pub(in crate::engine) fn get(
         &self,
         name: &str,
@@ -58,7 +58,7 @@ impl Mailbox {
         get_up_to(self.remote.as_ref(), &self.key(name), longest)
     }
 
-    /// Removes all of them.
+    /// Removes all messages of the job.
     pub(in crate::engine) fn clear(&self) -> anyhow::Result<()> {
         let all = self.remote.list(&self.folder)?;
         let keys: Vec<String> = all.into_iter().map(|object| object.key).collect();
@@ -80,12 +80,12 @@ impl Shared {
         })
     }
 
-    /// Whether results can be taken from the remote and given to it.
+    /// Whether results can be both fetched from the remote and sent to it.
     pub(in crate::engine) fn goes_both_ways(&self) -> bool {
         self.pulls() && self.pushes()
     }
 
-    /// Sends the files below a folder, of which this is the manifest, as far as the remote lacks them.
+    /// Sends the files below a folder that the remote lacks, and returns the content digest. `manifest` is that of the folder.
     pub(in crate::engine) fn send_folder(
         &self,
         folder: &Path,
@@ -97,7 +97,7 @@ impl Shared {
         Ok(content)
     }
 
-    /// Makes an artifact whole in a store, and gives its folder.
+    /// Fetches what a store lacks of an artifact, and returns the artifact's folder.
     pub(in crate::engine) fn fetch_artifact(
         &self,
         store: &Store,
@@ -105,7 +105,7 @@ impl Shared {
         stage: &str,
         cancel: &AtomicBool,
     ) -> anyhow::Result<PathBuf> {
-        // One that did not answer once may answer now.
+        // A remote that did not answer before may answer now.
         self.forget_silence();
         let (events, _unheard) = channel();
         let pulled = self.pull(store, content, (stage, &events), cancel);
@@ -114,7 +114,7 @@ impl Shared {
     }
 }
 
-/// The objects of jobs that have not changed for so long that nobody works on them.
+/// The objects of jobs that have not changed for `age`, so that no job works on them.
 pub(super) fn forgotten(remote: &dyn Remote, age: Duration) -> anyhow::Result<Vec<Object>> {
     let now = SystemTime::now();
     let objects = remote.list(JOBS)?.into_iter();
@@ -125,7 +125,7 @@ pub(super) fn forgotten(remote: &dyn Remote, age: Duration) -> anyhow::Result<Ve
     Ok(objects.filter(old).collect())
 }
 
-/// The contents that jobs in the queue or at work read: no record may name them.
+/// The contents that waiting and running jobs read. They have to be kept even if no record names them.
 pub(super) fn awaited(remote: &dyn Remote, age: Duration) -> anyhow::Result<BTreeSet<Digest>> {
     #[derive(Deserialize)]
     struct Reads {

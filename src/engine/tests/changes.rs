@@ -10,6 +10,9 @@ use super::*;
 #[derive(Serialize, Deserialize, JsonSchema)]
 pub(super) struct Watched {
     file: SourcePath,
+    /// A stage that has to be done before.
+    #[serde(default)]
+    after: Option<Input<Text>>,
     /// What happens once the source was read.
     #[serde(default)]
     then: Neutral<Then>,
@@ -160,6 +163,7 @@ fn node(toy: &Toy, name: &str, then: Then) -> Node {
         name: name.to_owned(),
         stage: Arc::new(Watched {
             file: SourcePath::new(name),
+            after: None,
             then: Neutral(then),
             counter: Neutral(toy.counter),
         }),
@@ -550,4 +554,33 @@ fn a_file_of_somebody_else_keeps_its_mode_and_is_watched() {
         (look(), fs::read_to_string(&theirs).unwrap().as_str()),
         (before, "LARGE")
     );
+}
+
+/// What was looked at holds until a stage ends.
+#[test]
+fn a_file_that_a_stage_changes_is_looked_at_again_after_it() {
+    let toy = Toy::new(17);
+    let nodes = |then: Then| {
+        let last = Watched {
+            file: SourcePath::new("b"),
+            after: Some(Input::new("a")),
+            then: Neutral(Then::Nothing),
+            counter: Neutral(toy.counter),
+        };
+        let last = Node {
+            name: "last".to_owned(),
+            stage: Arc::new(last),
+            ..node(&toy, "b", Then::Nothing)
+        };
+        vec![node(&toy, "b", Then::Nothing), node(&toy, "a", then), last]
+    };
+    let (first, _) = run_nodes(&toy, nodes(Then::Nothing));
+    assert_eq!(ran(&first), (3, 0));
+    let graph = Graph::new(nodes(Then::Edit(toy.path("b")))).unwrap();
+    let (store, shared, (events, _received)) = (toy.store(), Shared::none(), channel());
+    let session = Toy::session(&graph, &store, &shared, &["a"]);
+    let options = Options::for_test(1);
+    let second = run(&session, &[], &options, &events, &Arc::default()).unwrap();
+    assert_eq!(ran(&second), (2, 1));
+    assert_eq!(toy.text(second.artifacts[2].as_ref().unwrap()), "xyz");
 }

@@ -86,6 +86,7 @@ fn a_known_result_is_read_again_after_any_change() {
             store.artifact(artifact),
         );
         change([&paths.0, &paths.1, &paths.2]);
+        known.look_again();
         assert!(matches!(find(&known, false), Lookup::Read(_)), "{what}");
     }
 }

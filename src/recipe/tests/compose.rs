@@ -58,7 +58,8 @@ fn with_set(
 }
 
 fn params(recipe: &Recipe, stage: &str) -> serde_json::Value {
-    recipe.stage(stage).unwrap().stage.params().unwrap()
+    let params = recipe.stage(stage).unwrap().stage.params();
+    Arc::unwrap_or_clone(params.unwrap())
 }
 
 fn edges(recipe: &Recipe, stage: &str) -> Vec<String> {
@@ -333,6 +334,6 @@ fn parameters_are_those_of_one_file() {
     let recipe = with("version: 1\nextends: base.yaml\n", &[("base.yaml", BASE)]).unwrap();
     let one = read(BASE).unwrap();
     for stage in &one.stages {
-        assert_eq!(params(&recipe, &stage.name), stage.stage.params().unwrap());
+        assert_eq!(params(&recipe, &stage.name), *stage.stage.params().unwrap());
     }
 }

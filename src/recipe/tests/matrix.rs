@@ -10,7 +10,8 @@ fn names(recipe: &Recipe) -> Vec<&str> {
 }
 
 fn params(recipe: &Recipe, stage: &str) -> serde_json::Value {
-    recipe.stage(stage).unwrap().stage.params().unwrap()
+    let params = recipe.stage(stage).unwrap().stage.params();
+    Arc::unwrap_or_clone(params.unwrap())
 }
 
 fn told(text: &str) -> Vec<String> {

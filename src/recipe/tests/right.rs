@@ -3,7 +3,8 @@
 use super::*;
 
 fn params(recipe: &Recipe, stage: &str) -> serde_json::Value {
-    recipe.stage(stage).unwrap().stage.params().unwrap()
+    let params = recipe.stage(stage).unwrap().stage.params();
+    Arc::unwrap_or_clone(params.unwrap())
 }
 
 #[test]
@@ -18,7 +19,7 @@ fn a_recipe_is_typed_and_wired() {
         (&*edge.parameter, &*edge.stage, &*edge.artifact),
         ("dataset", "tokens", "tokens")
     );
-    assert_eq!(recipe.stages[1].span.to_string(), "7:3");
+    assert_eq!(recipe.span_of_stage(&recipe.stages[1]).to_string(), "7:3");
     assert_eq!(
         recipe
             .span_of("stages.tokens.tokenize.max_length")
@@ -100,7 +101,9 @@ fn escapes_and_line_ends() {
     let recipe = read(&GOOD.replace("${dir}/a.txt", "$${dir}/a.txt")).unwrap();
     assert_eq!(recipe.stages[0].files[0].path, "${dir}/a.txt");
     let windows = format!("\u{feff}{}", GOOD.replace('\n', "\r\n"));
-    assert_eq!(read(&windows).unwrap().stages[1].span.to_string(), "7:3");
+    let recipe = read(&windows).unwrap();
+    let span = recipe.span_of_stage(&recipe.stages[1]);
+    assert_eq!(span.to_string(), "7:3");
 }
 
 #[test]

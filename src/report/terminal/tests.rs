@@ -2,7 +2,7 @@
 
 use std::sync::Mutex;
 
-use super::super::look::{Size, quoted};
+use super::super::look::{Size, StagePlaces, quoted};
 use super::super::width::width;
 use super::*;
 
@@ -103,14 +103,13 @@ fn names() -> RecipeNames {
     RecipeNames {
         recipe: "r.yaml".into(),
         set: String::new(),
-        stages: stages
-            .iter()
-            .enumerate()
-            .map(|(line, name)| ((*name).to_owned(), format!("r.yaml:{}:3", line + 3)))
-            .collect(),
+        stages: stages.map(str::to_owned).to_vec(),
+        place: StagePlaces::new(move |stage| {
+            let line = stages.iter().position(|name| *name == stage).unwrap();
+            format!("r.yaml:{}:3", line + 3)
+        }),
     }
 }
-
 fn started(stage: &str, kind: &str, reasons: Vec<Reason>) -> Event {
     Event::StageStarted {
         stage: stage.into(),

@@ -130,7 +130,7 @@ fn ctrl_c_cancels_all_elements() {
 
 #[test]
 fn an_array_is_as_large_as_the_cluster_takes() {
-    // Three elements, and six jobs of all.
+    // That is one more than the largest number of an element.
     let Some(cluster) = Cluster::start(2, "MaxArraySize=3\n") else {
         return;
     };
@@ -169,4 +169,31 @@ fn combinations_that_ask_for_something_else_are_apart() {
     let alone = all.iter().filter(|(_, element)| element == "N/A").count();
     // Two combinations, the joining task, and the two shards as an array.
     assert_eq!((all.len(), alone), (5, 3), "{all:?}");
+}
+
+#[test]
+fn an_array_that_the_queue_has_no_room_for_is_halved() {
+    // Room for three jobs: an array of four would never be taken.
+    let Some(cluster) = Cluster::start(2, "MaxJobCount=4\nMinJobAge=2\n") else {
+        return;
+    };
+    let project = project(&cluster, "partition: main");
+    let numbers = [1, 2, 3, 4];
+    matrix(&project, &numbers);
+    let mut run = Running::start(&project, &["own.yaml"]);
+    run.wait_for_message("the queue takes no more jobs now");
+    // Those that there is room for run, and the others wait for them.
+    cluster.wait_until("two of them run", || {
+        let running = cluster.told("squeue", &["-h", "-r", "--states=RUNNING", "--format=%i"]);
+        running.lines().count() >= 2
+    });
+    let all = arrays(&cluster);
+    assert!(all.iter().all(|(_, element)| element != "3"), "{all:?}");
+    for number in numbers {
+        project.write(&format!("go{number}"), "");
+    }
+    let (code, seen) = run.ended();
+    assert_eq!(code, Some(0), "{seen:?}");
+    assert_eq!(stages(&seen, "stage_done").len(), 4);
+    assert_eq!(jobs_left(&project), 0);
 }

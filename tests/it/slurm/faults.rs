@@ -127,6 +127,31 @@ fn the_time_limit_of_the_scheduler_is_explained() {
 }
 
 #[test]
+fn a_job_that_takes_too_much_memory_is_explained() {
+    // Slurm's own way of looking at it, for which it needs no control groups.
+    let looks = "JobAcctGatherType=jobacct_gather/linux\nJobAcctGatherFrequency=1\nJobAcctGatherParams=OverMemoryKill\n";
+    let Some(cluster) = Cluster::start(1, looks) else {
+        return;
+    };
+    let project = project(&cluster, "partition: main");
+    // Each holds a line that nobody reads, and is allowed that much; both together are not.
+    let holds = "head -c 200000000 /dev/zero | tail -n 1 | sleep 600";
+    let more = "    resources: { memory: 300MiB }\n";
+    scripted(&project, &format!("{holds} &\n{holds}\n"), more);
+    let error = fails(&project, &[]);
+    assert!(
+        error.contains("used more memory than it was given"),
+        "{error}"
+    );
+    assert!(
+        cluster.finished()[0].contains("JobState=FAILED"),
+        "{:?}",
+        cluster.finished()
+    );
+    assert_eq!(jobs_left(&project), 0);
+}
+
+#[test]
 fn the_timeout_of_a_stage_does_not_count_the_queue() {
     let Some(cluster) = Cluster::start(1, "") else {
         return;

@@ -7,7 +7,9 @@ use std::path::{Path, PathBuf};
 use nix::sys::signal::Signal;
 use tempfile::TempDir;
 
-use super::{RECIPE, Running, WAITS, find, jobs_left, messages, project, scripted};
+use super::{
+    RECIPE, Running, WAITS, are_left_and_joined, jobs_left, let_go_below, project, scripted,
+};
 use crate::support::program::{Project, events, stages};
 use crate::support::slurm::Cluster;
 
@@ -34,6 +36,15 @@ impl Far {
             remote,
             nodes,
         })
+    }
+
+    /// The same where nodes keep what they fetched.
+    fn with_node_store(cluster: &Cluster) -> Option<Self> {
+        let mut far = Self::new(cluster, "")?;
+        let store = far.nodes.path().to_str().unwrap();
+        let settings = format!("partition: main, shared: false, node_store: {store}");
+        cluster.serve(&mut far.project, &settings);
+        Some(far)
     }
 
     /// What jobs left in the remote beside results.
@@ -194,64 +205,26 @@ fn a_cluster_that_does_not_share_needs_a_remote_for_both_ways() {
     );
 }
 
-/// Lets [`WAITS`] end on a node that has a store of its own.
-fn let_go(nodes: &Path) {
-    fs::write(find(nodes, "scratch").join("go"), "").unwrap();
-}
-
 #[test]
 fn such_jobs_are_left_and_joined_as_others_are() {
     let Some(cluster) = Cluster::start(1, "") else {
         return;
     };
-    let Some(mut far) = Far::new(&cluster, "") else {
+    let Some(far) = Far::with_node_store(&cluster) else {
         return;
     };
-    let store = far.nodes.path().to_str().unwrap().to_owned();
-    let settings = format!("partition: main, shared: false, node_store: {store}");
-    cluster.serve(&mut far.project, &settings);
     let (project, nodes) = (&far.project, far.nodes.path());
-    scripted(project, WAITS, "");
-    let mut run = Running::start(project, &["own.yaml", "--leave-jobs"]);
-    run.wait_for_message("begun");
-    run.signal(Signal::SIGINT);
-    let (code, seen) = run.ended();
-    assert_eq!(code, Some(130));
-    let told = messages(&seen, "own");
-    assert!(
-        told.last().unwrap().contains("goes on by itself"),
-        "{told:?}"
-    );
-    let jobs = cluster.queued("RUNNING");
-    assert_eq!(jobs.len(), 1);
-    let mut run = Running::start(project, &["own.yaml"]);
-    run.wait_for_message("joins it");
-    // What it told before is told again, once.
-    run.wait_for_message("begun");
-    run.signal(Signal::SIGKILL);
-    run.ended();
-    // It ends while nobody is there.
-    let_go(nodes);
-    cluster.wait_until("the job is over", || cluster.queued("RUNNING").is_empty());
-    let told = events(&project.succeeds(&["run", "--json", "own.yaml"]));
-    let begun = messages(&told, "own");
-    assert_eq!(
-        begun.iter().filter(|text| *text == "begun").count(),
-        1,
-        "{begun:?}"
-    );
-    assert!(stages(&told, "stage_done").contains_key("own"));
-    assert_eq!(cluster.queued("all"), jobs);
-    assert_eq!((jobs_left(project), far.left()), (0, 0));
+    are_left_and_joined(&cluster, project, nodes);
+    assert_eq!(far.left(), 0);
 
     // A remote that is away for a while is waited for.
-    project.write("own.sh", &format!("# other\n{WAITS}"));
+    project.write("own.sh", &format!("# with another remote\n{WAITS}"));
     let mut run = Running::start(project, &["own.yaml"]);
     run.wait_for_message("begun");
     let away = far.remote.path().with_extension("away");
     fs::rename(far.remote.path(), &away).unwrap();
     fs::write(far.remote.path(), "no folder").unwrap();
-    let_go(nodes);
+    let_go_below(nodes);
     run.wait_for_message("nothing comes from job");
     fs::remove_file(far.remote.path()).unwrap();
     fs::rename(&away, far.remote.path()).unwrap();
@@ -264,12 +237,9 @@ fn a_training_that_was_cancelled_goes_on_where_its_node_kept_it() {
     let Some(cluster) = Cluster::start(1, "") else {
         return;
     };
-    let Some(mut far) = Far::new(&cluster, "") else {
+    let Some(far) = Far::with_node_store(&cluster) else {
         return;
     };
-    let store = far.nodes.path().to_str().unwrap().to_owned();
-    let settings = format!("partition: main, shared: false, node_store: {store}");
-    cluster.serve(&mut far.project, &settings);
     let long = [
         "r.yaml",
         "--executor",

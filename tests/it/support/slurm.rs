@@ -157,6 +157,17 @@ impl Cluster {
         text.push_str(
             "PartitionName=main Nodes=ALL Default=YES MaxTime=120 DefaultTime=60 State=UP OverSubscribe=NO\n",
         );
+        // What is given twice would be complained of by each program.
+        for line in more.lines() {
+            let key = line.split('=').next().unwrap_or(line);
+            let start = format!("\n{key}=");
+            if let Some(at) = text.find(&start) {
+                let end = text[at + 1..]
+                    .find('\n')
+                    .map_or(text.len(), |end| at + 1 + end);
+                text.replace_range(at..end, "");
+            }
+        }
         text.push_str(more);
         fs::write(self.conf(), text).unwrap();
         fs::write(self.path("gres.conf"), "Name=gpu File=/dev/null\n").unwrap();

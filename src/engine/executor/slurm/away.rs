@@ -1,5 +1,5 @@
-//! Jobs on nodes that don't see the store: their tasks go to the remote, and what they tell and make is brought from there into the job's
-//! folder, as if they had written it there.
+//! Jobs on nodes that don't see the store: their tasks are sent to the remote, and their events and results are fetched from there into the
+//! job's folder, as if the job had written them there.
 
 use std::collections::BTreeMap;
 use std::sync::{Mutex, PoisonError};
@@ -15,25 +15,25 @@ use super::super::super::remote::{Mailbox, Shared, TASK};
 use super::super::super::store::Store;
 use super::super::super::task::Task;
 
-/// The pause between two looks into the remote; each is longer by half, up to [`LONGEST_TICK`], until something comes.
+/// The first pause between two reads of the remote. Each next one is longer by half, up to [`LONGEST_TICK`], until there is news.
 const TICK: Duration = Duration::from_millis(300);
 const LONGEST_TICK: Duration = Duration::from_secs(5);
-/// The most bytes of a message.
+/// The largest message, in bytes.
 const LONGEST: usize = 256 << 20;
 
-/// The remote that lies between a runner and nodes that don't see its store.
+/// The remote through which a runner and nodes that don't see its store exchange tasks and results.
 pub struct Away {
     shared: Shared,
-    /// Variables by which a job reaches the remote.
+    /// The environment variables that give a job access to the remote.
     variables: BTreeMap<String, String>,
     /// The runner's store.
     store: Store,
-    /// Held while something is sent: a hundred combinations of a matrix would send the same model.
+    /// Held while something is sent, so that the combinations of a matrix don't all send the same model at once.
     sending: Mutex<()>,
 }
 
 impl Away {
-    /// Jobs find this remote by these variables of their environment; what they make is put into this store.
+    /// A remote that jobs reach through these environment variables. Their results are put into `store`.
     pub fn new(shared: Shared, variables: BTreeMap<String, String>, store: Store) -> Self {
         Self {
             shared,
@@ -43,7 +43,7 @@ impl Away {
         }
     }
 
-    /// Whether jobs can take what they read from the remote and give what they make to it.
+    /// Whether jobs can both read from the remote and write to it.
     pub(super) fn is_of_use(&self) -> bool {
         self.shared.goes_both_ways()
     }
@@ -60,7 +60,7 @@ impl Away {
         format!("{of}-{}", folder.name())
     }
 
-    /// Sends a task with what it reads, and gives its digest.
+    /// Sends a task and everything that it reads, and returns the digest of the task.
     pub(super) fn send(
         &self,
         task: &Task,
@@ -77,7 +77,7 @@ impl Away {
         send().context("what the job reads could not be sent to the remote")
     }
 
-    /// Looks after what a job tells.
+    /// Starts following the events and the result of a job.
     pub(super) fn mirror(&self, folder: &JobFolder) -> anyhow::Result<Mirror> {
         Ok(Mirror {
             mailbox: self.shared.mailbox(&Self::name(folder))?,
@@ -90,20 +90,20 @@ impl Away {
     }
 }
 
-/// What came of a job so far.
+/// Copies the events and the result of a job from the remote into its folder.
 pub(super) struct Mirror {
     mailbox: Mailbox,
     start: u32,
-    /// The messages of that start that were read.
+    /// How many event messages of that start have been read.
     piece: u64,
     pause: Duration,
     next: Instant,
-    /// Why nothing comes, and since when.
+    /// Why the remote could not be read, and since when.
     trouble: Option<(Instant, String)>,
 }
 
 impl Mirror {
-    /// Brings what is new, unless it has just been looked for.
+    /// Fetches what is new, unless the last fetch was only a moment ago.
     pub(super) fn look(&mut self, away: &Away, folder: &JobFolder, stage: &str, control: &Control) {
         if Instant::now() < self.next {
             return;
@@ -130,19 +130,19 @@ impl Mirror {
         self.next = Instant::now() + self.pause;
     }
 
-    /// The same at once: the job is over, or may be.
+    /// Lets the next [`Mirror::look`] fetch at once, because the job may be over.
     pub(super) fn hurry(&mut self) {
         if self.trouble.is_none() {
             self.next = Instant::now();
         }
     }
 
-    /// Why nothing comes, and since when.
+    /// Why the remote could not be read, and since when.
     pub(super) fn trouble(&self) -> Option<&(Instant, String)> {
         self.trouble.as_ref()
     }
 
-    /// Nobody wants it any more.
+    /// Removes the messages of the job from the remote.
     pub(super) fn clear(&self) {
         // The remote's own collection removes what is left.
         let _ = self.mailbox.clear();
@@ -155,7 +155,7 @@ impl Mirror {
         stage: &str,
         control: &Control,
     ) -> anyhow::Result<()> {
-        // Asked first: what was told before it is there then.
+        // Read first: every event that was sent before the result is then there.
         let result = self.mailbox.get("result.json", LONGEST)?;
         loop {
             let next = format!("{}/started", self.start + 1);

@@ -1,30 +1,32 @@
-//! Slurm's own programs: how they are called, and what their answers mean.
+//! Calls Slurm's own programs and interprets their output.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::{OsStr, OsString};
 use std::fmt::{self, Display};
-use std::io::{ErrorKind, Read};
+use std::io::{BufRead as _, BufReader, ErrorKind, Read};
 use std::process::{Child, Command, Stdio};
 use std::sync::OnceLock;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use super::super::super::Control;
 
-/// How long one of Slurm's programs may take. They give up by themselves after some ten seconds when no controller answers; `sbatch` waits
-/// minutes when the queue is full.
+/// How long one of Slurm's programs may take. They give up after some ten seconds when no controller answers.
 const PATIENCE: Duration = Duration::from_secs(30);
+/// What `sbatch` says when the queue is full. It would try again for two minutes; the runner does that itself, and takes fewer jobs at a time.
+const RETRIES: &str = "sleeping and retrying";
 /// The interval at which a running program is checked.
 const TICK: Duration = Duration::from_millis(10);
-/// The most bytes of an answer.
+/// How many bytes of a program's output are read.
 const LONGEST: u64 = 64 << 20;
 
-/// The largest array where Slurm does not say it: its default, `MaxArraySize=1001`.
+/// The largest array if `scontrol` does not say it: Slurm's default, `MaxArraySize=1001`.
 const LARGEST_ARRAY: usize = 1001;
 
-/// The number of a job, or of one element of an array of jobs.
+/// The ID of a job, or of one element of an array of jobs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) struct JobId {
-    /// The job's, or the array's.
+    /// The number of the job, or of the array.
     pub(super) job: u64,
     /// The element of the array.
     pub(super) element: Option<u32>,
@@ -40,7 +42,7 @@ impl Display for JobId {
 }
 
 impl JobId {
-    /// Reads what Slurm's programs print.
+    /// Parses an ID as Slurm's programs print it.
     fn parse(text: &str) -> Option<Self> {
         let (job, element) = match text.split_once('_') {
             Some((job, element)) => (job, Some(element.parse().ok()?)),
@@ -51,25 +53,25 @@ impl JobId {
     }
 }
 
-/// Why Slurm did not do what it was asked.
+/// Why one of Slurm's programs failed.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub(super) enum Trouble {
     /// No controller answers.
     #[error("the controller does not answer: {0}")]
     Away(String),
-    /// No more jobs are taken now.
+    /// The queue takes no more jobs at present.
     #[error("the queue takes no more jobs now: {0}")]
     Full(String),
-    /// It will never do it.
+    /// The request will never succeed.
     #[error("{0}")]
     Refused(String),
-    /// The run was told to stop meanwhile.
+    /// The run was interrupted.
     #[error("interrupted")]
     Stopped,
 }
 
 impl Trouble {
-    /// Whether the same may go well later.
+    /// Whether the same request may succeed later.
     pub(super) fn passes(&self) -> bool {
         matches!(self, Self::Away(_) | Self::Full(_))
     }
@@ -82,9 +84,9 @@ pub(super) struct JobState {
     pub(super) state: String,
     /// Why it is in this state, such as `Resources`; empty where there is nothing to say.
     pub(super) reason: String,
-    /// The nodes it has, or had.
+    /// The nodes that it runs or ran on.
     pub(super) nodes: String,
-    /// What it says of itself, or others of it; a job that shares no folder with the runner tells in this way why it did not start.
+    /// Its comment. A job that shares no folder with the runner says here why it did not start its stage.
     pub(super) comment: String,
 }
 
@@ -122,23 +124,24 @@ impl JobState {
 
 /// Calls Slurm's programs.
 pub(super) struct Client {
-    /// Variables of the job that the runner itself may be in, which would be taken for settings of new jobs.
+    /// Environment variables of the job that the runner itself may run in. Slurm would take them for settings of new jobs.
     unset: Vec<OsString>,
-    /// Variables that a job does not get whose environment is that of `sbatch`.
+    /// Environment variables that `sbatch` does not pass on to jobs that get its environment.
     private: Vec<OsString>,
     largest_array: OnceLock<usize>,
 }
 
 /// The environment of one of Slurm's programs.
 enum Surroundings<'a> {
-    /// That of the runner, without what belongs to the job that it may be in.
+    /// That of the runner, without the variables of the job that it may run in.
     Own,
-    /// Slurm's settings and these variables, and no other.
+    /// Slurm's settings and these variables, and nothing else.
     Job(&'a BTreeMap<String, String>),
 }
 
 impl Client {
-    /// Without these variables of the environment. Those in `private` are kept from jobs that get the environment of `sbatch`, too.
+    /// A client that removes the variables in `unset` from the environment of every program, and those in `private` where jobs get the
+    /// environment of `sbatch`.
     pub(super) fn new(unset: Vec<OsString>, private: Vec<OsString>) -> Self {
         Self {
             unset,
@@ -147,7 +150,7 @@ impl Client {
         }
     }
 
-    /// Submits a script, and gives the number of the job, or of the array. With `environment` the job gets those variables from `sbatch`
+    /// Submits a script, and returns the number of the job, or of the array. With `environment`, the job gets those variables from `sbatch`
     /// itself.
     pub(super) fn submit(
         &self,
@@ -167,14 +170,14 @@ impl Client {
         })
     }
 
-    /// Whether a job like this would be taken. Nothing is submitted.
+    /// Checks whether Slurm would accept a job with these arguments, without submitting one.
     pub(super) fn test(&self, arguments: &[OsString]) -> Result<(), Trouble> {
         let mut all = vec![OsString::from("--test-only")];
         all.extend_from_slice(arguments);
         self.call("sbatch", &all, None).map(drop)
     }
 
-    /// The partitions that there are.
+    /// The names of all partitions, sorted.
     pub(super) fn partitions(&self) -> Vec<String> {
         let arguments = ["--noheader", "--format=%R"].map(OsString::from);
         let answer = self.call("sinfo", &arguments, None).unwrap_or_default();
@@ -184,7 +187,7 @@ impl Client {
         names
     }
 
-    /// The most elements that an array of jobs may have.
+    /// The largest number of elements that an array of jobs may have.
     pub(super) fn largest_array(&self) -> usize {
         *self.largest_array.get_or_init(|| {
             let told = self.call("scontrol", &["show", "config"], None);
@@ -203,7 +206,7 @@ impl Client {
         Ok(own.map(|(_, state)| state))
     }
 
-    /// What Slurm says of these jobs; those that it knows nothing of are left out, and others of their arrays may be there.
+    /// What Slurm says of these jobs. Jobs that it does not know are left out, and other elements of their arrays may be among the results.
     pub(super) fn states(&self, jobs: &BTreeSet<JobId>) -> Result<Vec<(JobId, JobState)>, Trouble> {
         // Of an array all at once: a thousand elements are more than a command line should have.
         let jobs: BTreeSet<u64> = jobs.iter().map(|id| id.job).collect();
@@ -234,7 +237,7 @@ impl Client {
         }
     }
 
-    /// Ends a job, or with the number of an array all of its elements.
+    /// Cancels a job, or all elements of an array if given its number.
     pub(super) fn cancel(&self, job: impl Display) -> Result<(), Trouble> {
         match self.call("scancel", &[job.to_string()], None) {
             // It is over already.
@@ -252,7 +255,7 @@ impl Client {
         self.call_in(&Surroundings::Own, program, arguments, control)
     }
 
-    /// Runs a program to its end, and gives what it wrote to standard output.
+    /// Runs a program to its end, and returns its standard output.
     fn call_in(
         &self,
         surroundings: &Surroundings<'_>,
@@ -286,11 +289,12 @@ impl Client {
             })
         })?;
         let (output, errors) = (child.stdout.take(), child.stderr.take());
+        let retries = AtomicBool::new(false);
         std::thread::scope(|scope| {
             // They end with the program.
             let output = scope.spawn(|| text(output));
-            let errors = scope.spawn(|| text(errors));
-            let ended = wait(&mut child, control);
+            let errors = scope.spawn(|| complaints(errors, &retries));
+            let ended = wait(&mut child, control, &retries);
             let output = output.join().unwrap_or_default();
             let errors = errors.join().unwrap_or_default();
             match ended? {
@@ -308,8 +312,12 @@ impl Client {
     }
 }
 
-/// Waits for a program: whether it succeeded, or nothing if it took too long.
-fn wait(child: &mut Child, control: Option<&Control>) -> Result<Option<bool>, Trouble> {
+/// Waits for a program to end. Returns whether it succeeded, or `None` if it took too long or `retries` what it did.
+fn wait(
+    child: &mut Child,
+    control: Option<&Control>,
+    retries: &AtomicBool,
+) -> Result<Option<bool>, Trouble> {
     let start = Instant::now();
     let stop = |child: &mut Child| {
         // It may have ended by itself.
@@ -329,7 +337,7 @@ fn wait(child: &mut Child, control: Option<&Control>) -> Result<Option<bool>, Tr
             stop(child);
             return Err(Trouble::Stopped);
         }
-        if start.elapsed() > PATIENCE {
+        if start.elapsed() > PATIENCE || retries.load(Ordering::Relaxed) {
             stop(child);
             return Ok(None);
         }
@@ -337,7 +345,7 @@ fn wait(child: &mut Child, control: Option<&Control>) -> Result<Option<bool>, Tr
     }
 }
 
-/// All that a program writes.
+/// Reads everything that a program writes into a pipe.
 fn text(pipe: Option<impl Read>) -> String {
     let mut bytes = Vec::new();
     if let Some(pipe) = pipe {
@@ -346,7 +354,27 @@ fn text(pipe: Option<impl Read>) -> String {
     String::from_utf8_lossy(&bytes).into_owned()
 }
 
-/// A line of `squeue`.
+/// Reads all that a program complains of; sets `retries` as soon as it says that it tries again.
+fn complaints(pipe: Option<impl Read>, retries: &AtomicBool) -> String {
+    let mut bytes = Vec::new();
+    if let Some(pipe) = pipe {
+        let mut lines = BufReader::new(pipe.take(LONGEST));
+        let mut start = 0;
+        while lines
+            .read_until(b'\n', &mut bytes)
+            .is_ok_and(|read| read > 0)
+        {
+            let line = String::from_utf8_lossy(&bytes[start..]);
+            if line.contains(RETRIES) {
+                retries.store(true, Ordering::Relaxed);
+            }
+            start = bytes.len();
+        }
+    }
+    String::from_utf8_lossy(&bytes).into_owned()
+}
+
+/// Parses a line of `squeue`.
 fn job(line: &str) -> Option<(JobId, JobState)> {
     // The last one may have anything in it.
     let mut parts = line.trim().splitn(5, '|');
@@ -368,7 +396,7 @@ fn job(line: &str) -> Option<(JobId, JobState)> {
     ))
 }
 
-/// What the complaints of one of Slurm's programs mean.
+/// Classifies what one of Slurm's programs wrote to standard error.
 fn trouble(program: &str, errors: &str) -> Trouble {
     const AWAY: [&str; 8] = [
         "Unable to contact slurm controller",
@@ -380,8 +408,9 @@ fn trouble(program: &str, errors: &str) -> Trouble {
         "Slurm backup controller",
         "Slurm controller not responding",
     ];
-    const FULL: [&str; 4] = [
+    const FULL: [&str; 5] = [
         "temporarily unable to accept job",
+        "job queue full",
         "Resource temporarily unavailable",
         "MaxSubmitJob",
         "Unable to accept new jobs",
@@ -429,10 +458,20 @@ mod tests {
         let full = "sbatch: error: AssocMaxSubmitJobLimit\nsbatch: error: Batch job submission failed: Job violates \
                     accounting/QOS policy (job submit limit, user's size and/or time limits)\n";
         assert!(trouble("sbatch", full).passes());
+        let full = "sbatch: error: Slurm job queue full, sleeping and retrying\n";
+        assert!(matches!(trouble("sbatch", full), Trouble::Full(_)));
         let wrong = "sbatch: error: invalid partition specified: x\nsbatch: error: Batch job submission failed: Invalid partition name specified\n";
         let wrong = trouble("sbatch", wrong);
         assert!(!wrong.passes() && wrong.to_string().starts_with("invalid partition"));
         assert!(trouble("sbatch", "").to_string().contains("said nothing"));
+    }
+
+    #[test]
+    fn a_program_that_says_that_it_tries_again_is_not_waited_for() {
+        let client = Client::new(Vec::new(), Vec::new());
+        let script = "echo Slurm temporarily unable to accept job, sleeping and retrying >&2; sleep 20 >/dev/null 2>&1; echo 7";
+        let answer = client.call("sh", &["-c", script], None);
+        assert!(matches!(answer, Err(Trouble::Full(_))), "{answer:?}");
     }
 
     #[test]

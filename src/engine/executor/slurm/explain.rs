@@ -1,14 +1,14 @@
-//! Tells Slurm why a job did not start its stage, where there is no other way to tell the runner.
+//! Puts the reason why a job did not start its stage into the comment of the job, where the runner can't see the job's folder.
 
 use std::process::{Command, Stdio};
 
-/// What a comment begins with that is such a sentence.
+/// The beginning of a comment that is such a reason.
 pub(super) const SAYS: &str = "pipeline: ";
 
-/// The longest sentence that is told.
+/// The longest comment, in characters.
 const LONGEST: usize = 2000;
 
-/// Makes a sentence the comment of the job that this process is in. `lookup` reads the environment.
+/// Makes `sentence` the comment of the Slurm job that this process runs in, if any. `lookup` reads the environment.
 pub fn explain_to_slurm(lookup: fn(&str) -> Option<String>, sentence: &str) {
     let Some(job) = lookup("SLURM_JOB_ID") else {
         return;

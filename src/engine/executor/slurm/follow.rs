@@ -17,17 +17,17 @@ use super::explain::SAYS;
 use super::queue::Look;
 use super::{Job, Slurm, tell};
 
-/// The pause between two looks into the job's folder; each is longer by a quarter, up to [`LONGEST_TICK`], until something comes.
+/// The first pause between two reads of the job's folder. Each next one is longer by a quarter, up to [`LONGEST_TICK`], until there is news.
 const TICK: Duration = Duration::from_millis(50);
 const LONGEST_TICK: Duration = Duration::from_secs(1);
-/// How long the result of a job that is over may take to be seen here: file servers have caches.
+/// How long the result of a job that is over may take to appear here, since file servers have caches.
 const LATENCY: Duration = Duration::from_secs(5);
 const LATENCY_OF_SUCCESS: Duration = Duration::from_mins(1);
-/// How long a remote may be silent that has the result of a job that is over.
+/// How long to wait for a remote that does not answer, once the job is over and its result may be there.
 const LONGEST_SILENCE: Duration = Duration::from_mins(15);
 /// After this time in the queue a stage says that it waits.
 const QUIET: Duration = Duration::from_secs(15);
-/// How long a cancelled job may take to end. Slurm kills what does not stop by itself.
+/// How long a cancelled job may take to end. Slurm kills jobs that don't stop by themselves.
 const LONGEST_END: Duration = Duration::from_mins(3);
 
 /// How a job ended.
@@ -36,11 +36,11 @@ enum End {
     Result(Box<JobResult>),
     /// The script did not start the stage.
     Refused(String),
-    /// Without a result, in this state; none if Slurm knows nothing of it any more.
+    /// Without a result, in this state; `None` if Slurm no longer knows the job.
     Lost(Option<JobState>),
 }
 
-/// One of the jobs that are counted.
+/// Counts a job as submitted for as long as it lives.
 struct Counted<'a>(&'a Slurm, JobId);
 
 impl<'a> Counted<'a> {
@@ -59,7 +59,7 @@ impl Drop for Counted<'_> {
 }
 
 impl Slurm {
-    /// Follows a job to its end, hands on its events, and takes its result.
+    /// Follows a job to its end, passes its events on, and takes its result.
     pub(super) fn follow(
         &self,
         job: &Job,
@@ -150,7 +150,7 @@ impl Slurm {
         Self::take(job, task, end)
     }
 
-    /// Takes what a job that is over left, and says how it ended.
+    /// Takes the result of a job that is over, or returns why it has none.
     fn take(job: &Job, task: &Task, end: End) -> anyhow::Result<TaskResult> {
         let folder = &job.folder;
         let result = match end {
@@ -195,7 +195,7 @@ impl Slurm {
         taken
     }
 
-    /// Cancels a job and waits for its end. Gives its result if it was done before that; what it saved stays for the next attempt.
+    /// Cancels a job and waits for its end. Returns its result if it was done before that. What it saved stays for the next attempt.
     pub(super) fn end(
         &self,
         job: &Job,
@@ -230,26 +230,26 @@ impl Slurm {
     }
 }
 
-/// Why nothing comes from the remote, and since when, if the job tells by the remote.
+/// Why the remote could not be read, and since when, if the job's events come through a remote.
 fn silence(job: &Job) -> Option<(Instant, String)> {
     let mirror = job.mirror.as_ref()?.lock();
     let mirror = mirror.unwrap_or_else(PoisonError::into_inner);
     mirror.trouble().cloned()
 }
 
-/// Whether the remote, by which the result of a job that is over would come, may still answer.
+/// Whether the result of a job that is over may still come through a remote that does not answer at the moment.
 fn may_come(job: &Job) -> bool {
     silence(job).is_some_and(|(since, _)| since.elapsed() < LONGEST_SILENCE)
 }
 
-/// What was seen of a job, and told.
+/// What has been seen of a job, and which messages about it were sent.
 struct Seen {
     start: Instant,
     over: Option<Instant>,
     waits: bool,
     nodes: String,
     trouble: bool,
-    /// Whether a silent remote was told.
+    /// Whether a message said that the remote does not answer.
     silent: bool,
 }
 
@@ -270,22 +270,23 @@ impl Seen {
         self.over.get_or_insert_with(Instant::now).elapsed() >= latency
     }
 
-    /// Tells once that the remote is silent.
+    /// Sends one message if the remote does not answer.
     fn silence(&mut self, job: &Job, task: &Task, events: &Arc<StageEvents>) {
         match silence(job) {
             None => self.silent = false,
             Some((since, why)) => {
                 if since.elapsed() > QUIET && !std::mem::replace(&mut self.silent, true) {
                     let id = job.id;
-                    let text =
-                        format!("nothing comes from job {id} by the remote: {why}; it goes on");
+                    let text = format!(
+                        "nothing comes from job {id} through the remote: {why}; the job goes on"
+                    );
                     tell(task, events, text);
                 }
             }
         }
     }
 
-    /// Tells once that the controller is silent.
+    /// Sends one message if the controller does not answer.
     fn trouble(
         &mut self,
         slurm: &Slurm,
@@ -299,7 +300,7 @@ impl Seen {
         }
     }
 
-    /// Tells once why the job waits, and where it runs.
+    /// Sends one message about why the job waits, and one about where it runs.
     fn state(&mut self, job: &Job, task: &Task, events: &Arc<StageEvents>, state: &JobState) {
         self.over = None;
         self.trouble = false;
@@ -325,7 +326,7 @@ fn lost(job: &Job, state: Option<&JobState>) -> anyhow::Error {
     let far = job.mirror.is_some();
     if let Some((_, why)) = silence(job) {
         return anyhow!(
-            "its job {id} is over, and what it told and made could not be had from the remote: {why}"
+            "its job {id} is over, and its result could not be fetched from the remote: {why}"
         );
     }
     let words = |folder: &JobFolder| {
@@ -344,11 +345,14 @@ fn lost(job: &Job, state: Option<&JobState>) -> anyhow::Error {
             words(&job.folder)
         );
     };
+    // Where Slurm itself looks at what jobs take (`OverMemoryKill`), it ends them as failed, and says why in their log alone.
+    let starved = job.folder.last_words();
+    let starved = starved.is_some_and(|words| words.contains("Exceeded job memory limit"));
     match state.as_str() {
         "TIMEOUT" => anyhow!(
             "its job {id} reached its time limit and was ended; hint: `timeout` beside the stage, or `time` of the executor, asks for more"
         ),
-        "OUT_OF_MEMORY" => anyhow!(
+        state if state == "OUT_OF_MEMORY" || starved => anyhow!(
             "its job {id} used more memory than it was given and was ended; hint: `resources: {{ memory: .. }}` beside the stage asks \
              for more"
         ),

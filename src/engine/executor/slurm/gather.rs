@@ -1,15 +1,15 @@
-//! Brings together submissions that come at the same time and are alike, so that they become one.
+//! Collects submissions that are alike and come at the same time, so that they are submitted as one.
 
 use std::collections::BTreeMap;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-/// After so many times of quiet the first one waits no longer, though others still come.
+/// The first submission waits for others at most this many times the quiet period, even if more keep coming.
 const LONGEST: u32 = 15;
 const TICK: Duration = Duration::from_millis(20);
 
-/// Submissions of `T` with answers `A`, by what those have in common that are alike.
+/// Submissions of type `T` with answers of type `A`. Those with an equal key `K` are alike.
 pub(super) struct Gathering<K, T, A> {
     groups: Mutex<BTreeMap<K, Group<T, A>>>,
 }
@@ -20,11 +20,11 @@ struct Group<T, A> {
     last: Instant,
 }
 
-/// What one has to do that came.
+/// What a submission has to do after it was collected.
 pub(super) enum Role<T, A> {
-    /// It was the first: it submits all of them, and answers the others.
+    /// It was the first of its group: it submits all of them, and answers the others.
     First(T, Vec<(T, Sender<A>)>),
-    /// The first one answers.
+    /// It waits for the answer of the first.
     Other(Receiver<A>),
 }
 
@@ -37,7 +37,7 @@ impl<K, T, A> Default for Gathering<K, T, A> {
 }
 
 impl<K: Ord + Clone, T, A> Gathering<K, T, A> {
-    /// Waits for others like this one, until so many are there or none has come for some time.
+    /// Waits for others with the same key until there are `most` of them, or none has come for `quiet`.
     pub(super) fn join(&self, like: &K, one: T, most: usize, quiet: Duration) -> Role<T, A> {
         let groups = || self.groups.lock().unwrap_or_else(PoisonError::into_inner);
         {

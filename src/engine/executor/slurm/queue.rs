@@ -1,4 +1,4 @@
-//! What Slurm says of the jobs of a run, asked for all of them at once: a thousand stages must not be a thousand questions.
+//! Asks Slurm for the states of all jobs of a run at once, so that a thousand stages don't cause a thousand requests.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Mutex, PoisonError, TryLockError};
@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use super::client::{Client, JobId, JobState, Trouble};
 
-/// The time between two questions, and what each job adds to it.
+/// The time between two requests, and what each job adds to it.
 const BETWEEN: Duration = Duration::from_secs(2);
 const FOR_EACH: Duration = Duration::from_millis(50);
 
@@ -17,7 +17,7 @@ pub(super) struct Queue {
     answer: Mutex<Answer>,
 }
 
-/// What was asked last, and what came.
+/// The last request, and its answer.
 #[derive(Default)]
 struct Answer {
     at: Option<Instant>,
@@ -29,7 +29,7 @@ struct Answer {
 /// What is known of a job.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Look {
-    /// Nothing new.
+    /// There is nothing new.
     Nothing,
     /// Its state.
     State(JobState),
@@ -40,7 +40,7 @@ pub(super) enum Look {
 }
 
 impl Queue {
-    /// Asks about this job, too.
+    /// Includes a job in the requests.
     pub(super) fn add(&self, job: JobId) {
         self.jobs
             .lock()
@@ -48,7 +48,7 @@ impl Queue {
             .insert(job);
     }
 
-    /// Asks about it no more.
+    /// Leaves a job out of the requests from now on.
     pub(super) fn remove(&self, job: JobId) {
         self.jobs
             .lock()
@@ -56,7 +56,7 @@ impl Queue {
             .remove(&job);
     }
 
-    /// What is known of a job. It asks Slurm if that is some time ago, unless another thread does.
+    /// What is known of a job. Asks Slurm if the last answer is too old, unless another thread is asking.
     pub(super) fn look(&self, client: &Client, job: JobId) -> Look {
         let mut answer = match self.answer.try_lock() {
             Ok(answer) => answer,

@@ -1,5 +1,5 @@
-//! What jobs start, and the environment they get. On nodes that see the store the environment is a file that only its owner may read; elsewhere
-//! `sbatch` hands it on by itself. Neither the script nor the command line of `sbatch`, which others see, has any value of it.
+//! The script that a job starts, and its environment. On nodes that see the store, the environment is a file that only its owner may read;
+//! elsewhere `sbatch` passes it on. Its values are neither in the script nor on the command line of `sbatch`, which other users can see.
 
 use std::collections::BTreeMap;
 use std::os::unix::ffi::OsStrExt as _;
@@ -13,8 +13,8 @@ use super::super::allocator;
 use super::explain::SAYS;
 use super::settings::is_variable;
 
-/// Variables that every job gets: where programs and files of the user are, language and time zone, and switches of this program.
-const PASSED: [&str; 15] = [
+/// Variables that every job gets: the user's paths, language and time zone, and settings of this program.
+const PASSED: [&str; 16] = [
     "HOME",
     "LANG",
     "LC_ALL",
@@ -22,6 +22,7 @@ const PASSED: [&str; 15] = [
     "LD_LIBRARY_PATH",
     "LOGNAME",
     "MALLOC_MMAP_THRESHOLD_",
+    "MALLOC_TRIM_THRESHOLD_",
     "PATH",
     "PIPELINE_INSTRUCTION_SET",
     "RUST_BACKTRACE",
@@ -34,17 +35,17 @@ const PASSED: [&str; 15] = [
 
 /// Where a job finds what it is to do.
 #[derive(Debug, Clone)]
-pub(super) enum Place {
+pub(super) enum Location {
     /// In its folder of the store.
     Folder(PathBuf),
     /// In the remote: the job's name and the digest of its task.
     Remote(String, Digest),
 }
 
-/// The script of a job, or of an array of jobs with a place for each element. It refuses to start a stage by another version of this
-/// program. All places are of one sort.
+/// The script of a job, or of an array of jobs with a location for each element. It refuses to start a stage by another version of this
+/// program. All locations are of one sort.
 pub(super) fn script(
-    places: &[Place],
+    locations: &[Location],
     program: &Path,
     node_store: Option<&Path>,
     stage: &str,
@@ -55,14 +56,14 @@ pub(super) fn script(
         format!("#!/bin/sh\n# Stage {stage}, written by {version}.\nprogram=").into_bytes();
     text.extend(quoted(program.as_os_str().as_bytes()));
     text.extend(b"\ncase ${SLURM_ARRAY_TASK_ID:-0} in\n");
-    for (element, place) in places.iter().enumerate() {
+    for (element, location) in locations.iter().enumerate() {
         text.extend(format!("{element}) ").bytes());
-        match place {
-            Place::Folder(folder) => {
+        match location {
+            Location::Folder(folder) => {
                 text.extend(b"folder=");
                 text.extend(quoted(folder.as_os_str().as_bytes()));
             }
-            Place::Remote(job, digest) => {
+            Location::Remote(job, digest) => {
                 text.extend(b"job=");
                 text.extend(quoted(job.as_bytes()));
                 text.extend(format!(" digest={digest}").bytes());
@@ -71,8 +72,8 @@ pub(super) fn script(
         text.extend(b" ;;\n");
     }
     text.extend(b"esac\nnode=${SLURMD_NODENAME:-$(uname -n)}\n");
-    let is_far = matches!(places.first(), Some(Place::Remote(..)));
-    let begin = match places {
+    let is_far = matches!(locations.first(), Some(Location::Remote(..)));
+    let begin = match locations {
         _ if is_far => far(),
         [_] => near(""),
         // One file for the output of all of them would tell nothing.
@@ -102,7 +103,7 @@ pub(super) fn script(
     text
 }
 
-/// How a script begins on a node that sees the store.
+/// The beginning of a script on a node that sees the store.
 fn near(log: &str) -> String {
     format!(
         r#"{log}refuse() {{
@@ -115,7 +116,7 @@ cd "$folder" && . "$folder/{ENVIRONMENT}" || exit 1
     )
 }
 
-/// How it begins elsewhere: there only Slurm can be told why a stage was not started.
+/// The beginning of a script elsewhere. There, only a comment of the job can say why a stage was not started.
 fn far() -> String {
     format!(
         r#"refuse() {{
@@ -132,9 +133,7 @@ fn far() -> String {
 /// The environment of a job.
 pub(super) fn environment(task: &Task, env: &RunEnv, more: &[String]) -> BTreeMap<String, String> {
     let mut values: BTreeMap<String, String> = BTreeMap::new();
-    if let Some((name, value)) = allocator(task.exclusive) {
-        values.insert(name.to_owned(), value);
-    }
+    values.extend(allocator(task.exclusive).map(|(name, value)| (name.to_owned(), value)));
     let named = more.iter().chain(&task.variables).map(String::as_str);
     let looked_up = PASSED.into_iter().chain(named).filter_map(|name| {
         let value = env.lookup.and_then(|lookup| lookup(name))?;
@@ -159,7 +158,7 @@ pub(super) fn lines(environment: &BTreeMap<String, String>) -> Vec<u8> {
     lines
 }
 
-/// A text as one word of a shell.
+/// Quotes a text as one word of a shell.
 fn quoted(text: &[u8]) -> Vec<u8> {
     let mut word = vec![b'\''];
     for byte in text {
@@ -195,14 +194,14 @@ mod tests {
     fn the_script_is_one_that_a_shell_can_read() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("script.sh");
-        let near = |name: &str| Place::Folder(PathBuf::from(name));
-        let far = |name: &str| Place::Remote(name.to_owned(), "ab12".to_owned());
-        for (places, store) in [
+        let near = |name: &str| Location::Folder(PathBuf::from(name));
+        let far = |name: &str| Location::Remote(name.to_owned(), "ab12".to_owned());
+        for (locations, store) in [
             (vec![near("/a b/it's")], None),
             (vec![near("/a b/it's"), near("/c")], None),
             (vec![far("x-1"), far("x-2")], Some(Path::new("/it's"))),
         ] {
-            let text = script(&places, Path::new("/p"), store, "x\nrm -r");
+            let text = script(&locations, Path::new("/p"), store, "x\nrm -r");
             std::fs::write(&path, &text).unwrap();
             let checked = Command::new("sh").arg("-n").arg(&path).status().unwrap();
             assert!(checked.success());
@@ -213,10 +212,10 @@ mod tests {
     #[test]
     fn each_element_of_an_array_finds_its_own_folder() {
         let folder = tempfile::tempdir().unwrap();
-        let places: Vec<PathBuf> = ["it's", "b"].map(|name| folder.path().join(name)).into();
-        for place in &places {
-            std::fs::create_dir(place).unwrap();
-            std::fs::write(place.join(ENVIRONMENT), "export A=b\n").unwrap();
+        let locations: Vec<PathBuf> = ["it's", "b"].map(|name| folder.path().join(name)).into();
+        for location in &locations {
+            std::fs::create_dir(location).unwrap();
+            std::fs::write(location.join(ENVIRONMENT), "export A=b\n").unwrap();
         }
         let program = folder.path().join("program");
         let version = env!("CARGO_PKG_VERSION");
@@ -226,7 +225,7 @@ mod tests {
         std::fs::write(&program, text).unwrap();
         let made = std::fs::Permissions::from_mode(0o755);
         std::fs::set_permissions(&program, made).unwrap();
-        let all: Vec<Place> = places.iter().cloned().map(Place::Folder).collect();
+        let all: Vec<Location> = locations.iter().cloned().map(Location::Folder).collect();
         let path = folder.path().join("script.sh");
         std::fs::write(&path, script(&all, &program, None, "x")).unwrap();
         for element in ["0", "1"] {
@@ -237,9 +236,9 @@ mod tests {
                 .status();
             assert!(ended.unwrap().success());
         }
-        for place in &places {
-            let ran = std::fs::read_to_string(place.join("ran")).unwrap();
-            assert_eq!(ran, format!("b work --job {}\n", place.display()));
+        for location in &locations {
+            let ran = std::fs::read_to_string(location.join("ran")).unwrap();
+            assert_eq!(ran, format!("b work --job {}\n", location.display()));
         }
     }
 }

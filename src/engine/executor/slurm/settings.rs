@@ -1,4 +1,4 @@
-//! What `pipeline.config.yaml` says of a Slurm cluster, and the options of `sbatch` that come of it.
+//! The settings of a Slurm cluster in `pipeline.config.yaml`, and the options of `sbatch` that follow from them.
 
 use std::num::NonZeroUsize;
 use std::path::PathBuf;
@@ -23,20 +23,20 @@ pub struct SlurmSettings {
     /// The time limit of stages without a `timeout`.
     #[serde(default)]
     pub time: Option<Span>,
-    /// Further options of `sbatch`, each as `--option` or `--option=value`.
+    /// Further options of `sbatch`, each written as `--option` or `--option=value`.
     #[serde(default)]
     pub extra: Vec<String>,
     /// The most jobs of a run that are in the queue at once.
     #[serde(default)]
     pub jobs: Option<NonZeroUsize>,
-    /// Environment variables that jobs get, too.
+    /// The names of further environment variables that jobs get.
     #[serde(default)]
     pub env: Vec<String>,
-    /// Whether the nodes see the project and its store, as they do unless it says otherwise. If not, inputs and results go through the
+    /// Whether the nodes see the project and its store; true if not given. If they don't, inputs and results go through the
     /// remote.
     #[serde(default)]
     pub shared: Option<bool>,
-    /// Where nodes that don't see the store keep what they fetched, and the checkpoints of stopped trainings. Without it nothing stays there.
+    /// Where nodes that don't see the store keep what they fetched, and the checkpoints of stopped trainings. Without it, nothing is kept.
     #[serde(default)]
     pub node_store: Option<PathBuf>,
 }
@@ -90,7 +90,7 @@ const EXTRA: [&str; 40] = [
 ];
 
 impl SlurmSettings {
-    /// What is wrong with them: the key, what, and a hint.
+    /// The first mistake in the settings, if there is one: its key, a message, and a hint.
     pub fn check(&self) -> Option<(String, String, String)> {
         for (at, option) in self.extra.iter().enumerate() {
             let key = format!("extra[{at}]");
@@ -151,7 +151,7 @@ impl SlurmSettings {
         self.jobs.map_or(JOBS, NonZeroUsize::get)
     }
 
-    /// The options for a stage.
+    /// The options of `sbatch` for a stage with these resources and this timeout.
     pub fn options(&self, resources: &Resources, timeout: Option<Span>) -> Vec<String> {
         let processes = resources.processes();
         let mut options = vec![format!("--ntasks={processes}")];

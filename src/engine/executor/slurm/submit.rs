@@ -1,5 +1,5 @@
-//! Submits jobs, trying until Slurm takes them: those that are alike and come together, the combinations of a matrix and the shards of a
-//! stage, as one array.
+//! Submits jobs, and tries again until Slurm takes them. Jobs that are alike and come together (combinations of a matrix, or shards of a
+//! stage) are submitted as one array.
 
 use std::collections::VecDeque;
 use std::ffi::OsString;
@@ -12,6 +12,7 @@ use anyhow::{anyhow, bail};
 
 use super::super::super::control::Control;
 use super::super::super::files::write_atomically;
+use super::super::super::graph::declared;
 use super::super::super::job::{ENVIRONMENT, JobFolder, LOG, SCRIPT, Submitted};
 use super::super::super::part::Part;
 use super::super::super::stage_events::StageEvents;
@@ -19,16 +20,16 @@ use super::super::super::task::Task;
 use super::away::Away;
 use super::client::{JobId, Trouble};
 use super::gather::Role;
-use super::script::{self, Place};
+use super::script::{self, Location};
 use super::{Answer, Like, NotPlaced, Order, PAUSE, Slurm, tell};
 
-/// How long a submission is tried while no controller answers.
+/// How long a submission is tried again while no controller answers.
 const LONGEST_SILENCE: Duration = Duration::from_mins(15);
-/// After this time without another one like it, those jobs that came are all that are submitted together.
+/// The jobs that have been collected are submitted when none like them has come for this time.
 const QUIET: Duration = Duration::from_millis(300);
-/// The same where each has to be sent to the remote before.
+/// The same, where each job's task has to be sent to a remote before.
 const QUIET_FAR: Duration = Duration::from_secs(2);
-/// The longest pause between two tries to submit; each is longer than the one before by half.
+/// The longest pause between two attempts to submit. Each pause is longer than the one before by half.
 const LONGEST_PAUSE: Duration = Duration::from_secs(30);
 
 impl Slurm {
@@ -63,19 +64,19 @@ impl Slurm {
         }
     }
 
-    /// Writes what a job needs to where it finds it.
+    /// Writes what a job needs, to its folder or to the remote.
     fn order(&self, folder: &JobFolder, task: &Task, control: &Control) -> anyhow::Result<Order> {
         let settings = &self.cluster.settings;
         let mut environment = script::environment(task, &self.env, &settings.env);
         note_scratch(task);
-        let (place, environment) = if let Some(away) = self.away() {
+        let (location, environment) = if let Some(away) = self.away() {
             let digest = away.send(task, folder, control)?;
             environment.extend(away.variables().clone());
-            let place = Place::Remote(Away::name(folder), digest);
-            (place, Some(environment))
+            let location = Location::Remote(Away::name(folder), digest);
+            (location, Some(environment))
         } else {
             folder.write_private(ENVIRONMENT, &script::lines(&environment))?;
-            (Place::Folder(folder.path().to_owned()), None)
+            (Location::Folder(folder.path().to_owned()), None)
         };
         // From here on a runner that comes after this one looks for the job by its name.
         let (name, element) = (self.name_of(&task.stage, folder), None);
@@ -85,7 +86,7 @@ impl Slurm {
             stage: task.stage.clone(),
             folder: folder.clone(),
             options: settings.options(&task.resources, task.timeout),
-            place,
+            location,
             environment,
         })
     }
@@ -142,8 +143,8 @@ impl Slurm {
         answers.pop().unwrap_or(Err(NotPlaced::Stopped))
     }
 
-    /// Submits jobs that are alike, as arrays of at most so many; gives an answer to each. Where the queue has no room for an array, the
-    /// halves of it are tried.
+    /// Submits jobs that are alike as arrays of at most `most` elements, and returns an answer for each job. If the queue has no room for
+    /// an array, its halves are tried.
     fn place_all(&self, orders: &[Order], most: usize, teller: &Teller<'_>) -> Vec<Answer> {
         let mut answers = Vec::with_capacity(orders.len());
         let mut open: VecDeque<&[Order]> = orders.chunks(most.max(1)).collect();
@@ -172,7 +173,7 @@ impl Slurm {
         let is_array = orders.len() > 1;
         let elements = (0..).map(|element| is_array.then_some(element));
         let of = if is_array {
-            matrix_of(&first.stage)
+            declared(&first.stage)
         } else {
             &first.stage
         };
@@ -208,9 +209,9 @@ impl Slurm {
             bail!("there is nothing to submit")
         };
         let (cluster, path) = (&self.cluster, first.folder.path());
-        let places: Vec<Place> = orders.iter().map(|order| order.place.clone()).collect();
+        let locations: Vec<Location> = orders.iter().map(|order| order.location.clone()).collect();
         let node_store = cluster.settings.node_store.as_deref();
-        let text = script::script(&places, &cluster.program, node_store, of);
+        let text = script::script(&locations, &cluster.program, node_store, of);
         first.folder.write_private(SCRIPT, &text)?;
         let environment = if first.environment.is_some() {
             "ALL"
@@ -240,7 +241,7 @@ impl Slurm {
         Ok(arguments)
     }
 
-    /// Calls `sbatch` until Slurm takes the job. None if it is an array that the queue has no room for.
+    /// Calls `sbatch` until Slurm takes the job. Returns `None` for an array that the queue has no room for.
     fn insist(
         &self,
         arguments: &[OsString],
@@ -305,7 +306,7 @@ impl Slurm {
         }
     }
 
-    /// Cancels a job that may have been submitted, or not.
+    /// Cancels a job that may or may not have been submitted.
     fn take_back(&self, name: &str) {
         if let Ok(Some(id)) = self.client.find(name) {
             // Without its task it would do nothing.
@@ -313,7 +314,7 @@ impl Slurm {
         }
     }
 
-    /// The name in Slurm's lists: recipe, stage, and what no other job has.
+    /// A job's name in Slurm's lists: recipe, stage, and a part that no other job has.
     fn name_of(&self, stage: &str, folder: &JobFolder) -> String {
         let plain = |text: &str| -> String {
             let safe = |c: char| {
@@ -334,12 +335,12 @@ impl Slurm {
 enum Placed {
     /// The number of each job.
     At(Vec<JobId>),
-    /// There is no room for so many at once.
+    /// The queue has no room for that many at once.
     TooMany,
     Not(NotPlaced),
 }
 
-/// Who hears of a submission, and may stop it.
+/// The task that a submission is for: its messages go to `events`, and `control` can stop it.
 struct Teller<'a> {
     task: &'a Task,
     events: &'a Arc<StageEvents>,
@@ -352,25 +353,20 @@ impl Teller<'_> {
     }
 }
 
-/// What a job has in common with others that may come at the same time; none if there are no others.
+/// What a job has in common with the jobs that can be in one array with it; `None` if there are no such jobs.
 fn like(task: &Task, order: &Order) -> Option<Like> {
     let is_one_of_many = task.stage.contains('[') || matches!(task.part, Part::Shard(_));
     is_one_of_many.then(|| {
         let environment = order.environment.clone().unwrap_or_default();
         (
-            matrix_of(&task.stage).to_owned(),
+            declared(&task.stage).to_owned(),
             order.options.clone(),
             environment,
         )
     })
 }
 
-/// The name of a stage without its combination.
-fn matrix_of(stage: &str) -> &str {
-    stage.split('[').next().unwrap_or(stage)
-}
-
-/// Writes beside the scratch folder whose it is, for `gc`.
+/// Notes beside the scratch folder which stage it belongs to, for `gc`.
 fn note_scratch(task: &Task) {
     let note = Path::new(&task.scratch).with_extension("json");
     if !task.scratch_note.is_empty() && !note.exists() {
