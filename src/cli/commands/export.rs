@@ -200,7 +200,7 @@ impl Writer<'_> {
             );
             (stage, who) = ("\"$stage\"".to_owned(), "$stage");
             if !are_same {
-                inputs = "\"$@\"".to_owned();
+                "\"$@\"".clone_into(&mut inputs);
             }
         }
         if !inputs.is_empty() {

@@ -361,6 +361,7 @@ fn a_digest_is_remembered_by_all_that_a_change_can_not_hide() {
     remember(&mut sources);
     next_tick(&path);
     fs::set_permissions(&path, fs::Permissions::from_mode(0o600)).unwrap();
+    sources.look_again();
     assert_eq!(digest(&mut sources, false), right);
     // Changed a moment ago: it is not remembered, for it may be changed again within the same tick.
     assert_ne!(sources.known(&path)[&path].stat, stat(&path));
