@@ -115,3 +115,38 @@ fn results_of_a_matrix_and_of_earlier_runs_are_compared() {
     );
     project.refuses(&["table", recipe, "--where", "beta"], "expected COLUMN");
 }
+
+#[test]
+fn scores_of_a_program_are_columns_by_whatever_name() {
+    let project = Project::empty();
+    project.write(
+        "own.sh",
+        "echo \"{\\\"f1\\\": 0.$1, \\\"rows\\\": 9}\" >\"$OUT/scores.json\"\n",
+    );
+    project.write(
+        "own.yaml",
+        "version: 1\nstages:\n  own:\n    run_command: { command: [sh, '{file.script}', '${n}'], files: { script: own.sh }, \
+         output: scores }\n    matrix: { n: [1, 3, 2] }\n",
+    );
+    project.succeeds(&["run", "own.yaml"]);
+    let csv = project.succeeds(&["table", "own.yaml", "--csv"]);
+    let mut reader = csv::Reader::from_reader(csv.as_bytes());
+    let head = reader.headers().unwrap().clone();
+    assert_eq!(
+        head.iter().skip(3).take(3).collect::<Vec<_>>(),
+        ["own.command", "own.f1", "own.rows"],
+        "{csv}"
+    );
+    let rows: Vec<(String, String)> = reader
+        .records()
+        .map(|row| row.unwrap())
+        .map(|row| (row[0].to_owned(), row[1].to_owned()))
+        .collect();
+    let expected = [("*", "own[n=3]"), ("", "own[n=2]"), ("", "own[n=1]")];
+    assert_eq!(
+        rows,
+        expected.map(|(best, stage)| (best.to_owned(), stage.to_owned()))
+    );
+    let runs = project.succeeds(&["runs", "own.yaml"]);
+    assert!(runs.contains("own[n=3].f1"), "{runs}");
+}

@@ -1,11 +1,12 @@
 //! `runs`: a table of the runs with their names, the parameters that differ, and metrics; and names for runs.
 
 use std::cmp::Ordering;
+use std::collections::BTreeSet;
 
 use serde_json::{Value, json};
 
 use crate::cli::args::{RecipeArgs, StoreArgs};
-use crate::cli::gather::runs::{RunInfo, differing, is_watched, runs};
+use crate::cli::gather::runs::{RunInfo, differing, runs, standing};
 use crate::cli::gather::{moment, number, plain};
 use crate::cli::project::Project;
 use crate::cli::{Failure, error, print, print_json, table_or_lists};
@@ -132,14 +133,7 @@ fn sort(shown: &mut [&RunInfo], column: &str, ascending: bool) -> Result<(), Fai
     let has =
         |info: &&RunInfo| info.metrics.contains_key(column) || info.parameters.contains_key(column);
     if !shown.iter().any(has) {
-        let mut names: Vec<&str> = shown
-            .iter()
-            .flat_map(|info| info.metrics.keys())
-            .map(String::as_str)
-            .filter(|name| is_watched(name))
-            .collect();
-        names.sort_unstable();
-        names.dedup();
+        let names: Vec<&str> = standing_of(shown).into_iter().collect();
         let message = format!("no run has `{column}`");
         let hint = format!(
             "expected STAGE.METRIC or STAGE.PARAMETER, such as {}",
@@ -172,6 +166,12 @@ fn sort(shown: &mut [&RunInfo], column: &str, ascending: bool) -> Result<(), Fai
     Ok(())
 }
 
+/// The metrics that stand for their stages.
+fn standing_of<'a>(shown: &[&'a RunInfo]) -> BTreeSet<&'a str> {
+    let names = shown.iter().flat_map(|info| info.metrics.keys());
+    standing(names.map(String::as_str))
+}
+
 fn rows(shown: &[&RunInfo], args: &Args) -> Vec<Vec<String>> {
     let mut parameters = if args.all {
         let names = shown
@@ -181,7 +181,10 @@ fn rows(shown: &[&RunInfo], args: &Args) -> Vec<Vec<String>> {
     } else {
         differing(shown)
     };
-    let wanted = |name: &&String| args.all || is_watched(name) || args.sort.as_ref() == Some(*name);
+    let standing = standing_of(shown);
+    let wanted = |name: &&String| {
+        args.all || standing.contains(name.as_str()) || args.sort.as_ref() == Some(*name)
+    };
     let metrics = shown.iter().flat_map(|info| info.metrics.keys());
     let mut metrics: Vec<String> = metrics.filter(wanted).cloned().collect();
     for names in [&mut parameters, &mut metrics] {

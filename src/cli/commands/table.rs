@@ -11,7 +11,7 @@ use serde_json::{Map, Value, json};
 use super::runs::{csv, shortened};
 use crate::cli::args::{RecipeArgs, StoreArgs};
 use crate::cli::gather::results::{Row, compared, results};
-use crate::cli::gather::runs::{is_watched, watched};
+use crate::cli::gather::runs::{standing, watched};
 use crate::cli::gather::{number, plain};
 use crate::cli::project::Project;
 use crate::cli::{Failure, error, print, print_json, table_or_lists};
@@ -166,13 +166,28 @@ fn usual(rows: &[Row]) -> Option<String> {
         .collect();
     let mut names =
         watched().flat_map(|metric| leaves.iter().map(move |leaf| format!("{leaf}.{metric}")));
-    names.find(|name| metrics.contains(name.as_str()))
+    names
+        .find(|name| metrics.contains(name.as_str()))
+        .or_else(|| {
+            let own = |name: &&&str| leaves.iter().any(|leaf| stage_of(name) == *leaf);
+            standing(metrics.iter().copied())
+                .iter()
+                .find(own)
+                .map(|name| (*name).to_owned())
+        })
+}
+
+/// The stage of a metric.
+fn stage_of(name: &str) -> &str {
+    name.rsplit_once('.').map_or("", |(stage, _)| stage)
 }
 
 /// Whether less of a metric is better.
 fn less_is_better(name: &str) -> bool {
     let metric = name.rsplit('.').next().unwrap_or(name);
-    metric.contains("loss") || metric.contains("perplexity")
+    ["loss", "perplexity", "error"]
+        .iter()
+        .any(|name| metric.contains(name))
 }
 
 /// Parameters upwards, metrics the best first; what has no value last, and the newest first among equals.
@@ -247,10 +262,11 @@ fn cells(args: &Args, rows: &[Row], sorted: Option<&str>, best: Option<usize>) -
         differing(rows)
     };
     let names: BTreeSet<&String> = rows.iter().flat_map(|row| row.metrics.keys()).collect();
-    let metrics: Vec<&String> = names
-        .into_iter()
-        .filter(|name| args.all || is_watched(name) || sorted == Some(name.as_str()))
-        .collect();
+    let standing = standing(names.iter().map(|name| name.as_str()));
+    let shown = |name: &&String| {
+        args.all || standing.contains(name.as_str()) || sorted == Some(name.as_str())
+    };
+    let metrics: Vec<&String> = names.iter().copied().filter(shown).collect();
     let earlier = rows.iter().any(|row| !row.current);
     let mut head = vec!["best".to_owned(), "stage".to_owned(), "run".to_owned()];
     head.extend(earlier.then(|| "now".to_owned()));

@@ -6,6 +6,7 @@ use std::path::Path;
 
 use serde_json::Value;
 
+use super::runs::OF_EVALUATIONS;
 use super::{head, number};
 use crate::cli::project::Project;
 use crate::engine::Record;
@@ -39,21 +40,8 @@ pub(super) fn evaluation(
         .collect();
     let mut names: Vec<&String> = scores.get("base")?.as_object()?.keys().collect();
     names.sort_by_key(|name| {
-        let first = [
-            "rewards/accuracies",
-            "acc",
-            "acc_norm",
-            "exact_match",
-            "regex_match",
-            "margin",
-            "perplexity",
-            "loss",
-            "nll_loss",
-        ];
-        first
-            .iter()
-            .position(|wanted| name == wanted)
-            .unwrap_or(first.len())
+        let place = OF_EVALUATIONS.iter().position(|wanted| name == wanted);
+        place.unwrap_or(OF_EVALUATIONS.len())
     });
     let mut table = Table::default();
     table.head.push("score".into());

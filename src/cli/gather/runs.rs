@@ -12,8 +12,17 @@ use crate::stages::artifacts::Scores;
 
 /// The numbers of a training that stand for it in a table: the last ones.
 const OF_TRAININGS: [&str; 2] = ["loss", "eval_loss"];
-/// The numbers of an evaluation that stand for it in a table.
-const OF_EVALUATIONS: [&str; 4] = ["rewards/accuracies", "margin", "perplexity", "loss"];
+/// The numbers of an evaluation that stand for it in a table, the first ones first.
+pub(super) const OF_EVALUATIONS: [&str; 8] = [
+    "rewards/accuracies",
+    "acc",
+    "acc_norm",
+    "exact_match",
+    "regex_match",
+    "margin",
+    "perplexity",
+    "loss",
+];
 
 /// A run with what its stages were given and came to.
 pub(in crate::cli) struct RunInfo {
@@ -108,11 +117,27 @@ pub(in crate::cli) fn watched() -> impl Iterator<Item = &'static str> {
         .chain(OF_TRAININGS.into_iter().rev())
 }
 
-/// Whether a metric stands for its stage in a table that has no room for all.
-pub(in crate::cli) fn is_watched(name: &str) -> bool {
-    // The names of stages may have dots, those of metrics don't.
-    let metric = name.rsplit_once('.').map_or(name, |(_, metric)| metric);
-    OF_TRAININGS.contains(&metric) || OF_EVALUATIONS.contains(&metric)
+/// Those of these metrics (`stage.metric`) that stand for their stage in a table that has no room for all: what every evaluation or training
+/// has, or all that there are of a stage with scores of its own.
+pub(in crate::cli) fn standing<'a>(names: impl IntoIterator<Item = &'a str>) -> BTreeSet<&'a str> {
+    let mut of_stage: BTreeMap<&str, Vec<&str>> = BTreeMap::new();
+    for name in names {
+        of_stage.entry(parts(name).0).or_default().push(name);
+    }
+    let standing = of_stage.into_values().flat_map(|names| {
+        let usual: Vec<&str> = names
+            .iter()
+            .copied()
+            .filter(|name| watched().any(|metric| metric == parts(name).1))
+            .collect();
+        if usual.is_empty() { names } else { usual }
+    });
+    standing.collect()
+}
+
+/// A stage and its metric. The names of stages may have dots, those of metrics don't.
+fn parts(name: &str) -> (&str, &str) {
+    name.rsplit_once('.').unwrap_or(("", name))
 }
 
 /// Whether `name` is that of a parameter of this stage.
@@ -178,9 +203,23 @@ mod tests {
     }
 
     #[test]
-    fn stages_may_have_dots_in_their_names() {
-        assert!(is_watched("tuned[beta=0.1].eval_loss"));
-        assert!(is_watched("prep.scores.rewards/accuracies"));
-        assert!(!is_watched("tuned[beta=0.1].grad_norm"));
+    fn scores_of_any_name_stand_for_their_stage_if_it_has_no_usual_ones() {
+        let names = [
+            "tuned[beta=0.1].eval_loss",
+            "tuned[beta=0.1].grad_norm",
+            "prep.scores.rewards/accuracies",
+            "prep.scores.rewards/chosen",
+            "choices.acc",
+            "own.f1",
+            "own.recall",
+        ];
+        let expected = [
+            "choices.acc",
+            "own.f1",
+            "own.recall",
+            "prep.scores.rewards/accuracies",
+            "tuned[beta=0.1].eval_loss",
+        ];
+        assert_eq!(standing(names), expected.into());
     }
 }

@@ -42,6 +42,7 @@ use gather::Gathering;
 use queue::Queue;
 use script::Location;
 pub use settings::SlurmSettings;
+use submit::Word;
 
 /// The pause between two questions while no controller answers.
 const PAUSE: Duration = Duration::from_secs(1);
@@ -121,7 +122,7 @@ pub(in crate::engine) struct Slurm {
     jobs: Arc<Jobs>,
     client: Client,
     queue: Queue,
-    gathering: Gathering<Like, Order, Answer>,
+    gathering: Gathering<Like, Order, Word>,
 }
 
 /// A job that was submitted.

@@ -173,27 +173,34 @@ fn combinations_that_ask_for_something_else_are_apart() {
 
 #[test]
 fn an_array_that_the_queue_has_no_room_for_is_halved() {
-    // Room for three jobs: an array of four would never be taken.
+    // Room for three jobs: an array of five would never be taken.
     let Some(cluster) = Cluster::start(2, "MaxJobCount=4\nMinJobAge=2\n") else {
         return;
     };
     let project = project(&cluster, "partition: main");
-    let numbers = [1, 2, 3, 4];
+    let numbers = [1, 2, 3, 4, 5];
     matrix(&project, &numbers);
     let mut run = Running::start(&project, &["own.yaml"]);
     run.wait_for_message("the queue takes no more jobs now");
-    // Those that there is room for run, and the others wait for them.
-    cluster.wait_until("two of them run", || {
-        let running = cluster.told("squeue", &["-h", "-r", "--states=RUNNING", "--format=%i"]);
-        running.lines().count() >= 2
+    // Those that there is room for run and are followed to their end, while others wait for room.
+    let begun = |seen: &[Value], n: u32| {
+        messages(seen, &format!("own[n={n}]")).contains(&format!("begun {n}"))
+    };
+    until(&mut run, |seen| begun(seen, 1) && begun(seen, 2));
+    project.write("go1", "");
+    until(&mut run, |seen| {
+        stages(seen, "stage_done").contains_key("own[n=1]")
     });
-    let all = arrays(&cluster);
-    assert!(all.iter().all(|(_, element)| element != "3"), "{all:?}");
+    let told = messages(&run.seen, "own[n=5]");
+    assert!(
+        !told.iter().any(|text| text.starts_with("job ")),
+        "it has no room: {told:?}"
+    );
     for number in numbers {
         project.write(&format!("go{number}"), "");
     }
     let (code, seen) = run.ended();
     assert_eq!(code, Some(0), "{seen:?}");
-    assert_eq!(stages(&seen, "stage_done").len(), 4);
+    assert_eq!(stages(&seen, "stage_done").len(), 5);
     assert_eq!(jobs_left(&project), 0);
 }

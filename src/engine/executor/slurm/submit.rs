@@ -1,11 +1,10 @@
 //! Submits jobs, and tries again until Slurm takes them. Jobs that are alike and come together (combinations of a matrix, or shards of a
 //! stage) are submitted as one array.
 
-use std::collections::VecDeque;
 use std::ffi::OsString;
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::mpsc::RecvTimeoutError;
+use std::sync::mpsc::{RecvTimeoutError, SendError, Sender};
 use std::time::{Duration, Instant};
 
 use anyhow::{anyhow, bail};
@@ -102,35 +101,29 @@ impl Slurm {
 
     /// Submits a job, as one of an array if others like it come at the same time.
     fn place_together(&self, like: &Like, order: &Order, teller: &Teller<'_>) -> Answer {
-        let most = self.client.largest_array().min(self.most_jobs());
+        let most = self.client.largest_array().min(self.most_jobs()).max(1);
         let quiet = if order.environment.is_some() {
             QUIET_FAR
         } else {
             QUIET
         };
         match self.gathering.join(like, order.clone(), most, quiet) {
-            Role::First(own, others) => {
-                let (others, listeners): (Vec<Order>, Vec<_>) = others.into_iter().unzip();
-                let orders: Vec<Order> = std::iter::once(own).chain(others).collect();
-                let mut answers = self.place_all(&orders, most, teller).into_iter();
-                let own = answers.next().unwrap_or(Err(NotPlaced::Stopped));
-                for (answer, listener) in answers.zip(listeners) {
-                    // One that is gone wants to know nothing.
-                    let _ = listener.send(answer);
-                }
-                own
-            }
-            Role::Other(answer) => loop {
+            Role::First(own, others) => self.lead(own, others, most, most, teller),
+            Role::Other(word) => loop {
                 // What waits to be submitted takes none of its time.
                 teller.control.restart();
-                match answer.recv_timeout(PAUSE) {
-                    // The first one was stopped, and this one was not: it goes its own way.
-                    Ok(Err(NotPlaced::Stopped)) | Err(RecvTimeoutError::Disconnected)
+                match word.recv_timeout(PAUSE) {
+                    Ok(Word::Lead(Rest { others, size })) => {
+                        return self.lead(order.clone(), others, size, most, teller);
+                    }
+                    // The one before was stopped, and this one was not: it goes its own way.
+                    Ok(Word::Answer(Err(NotPlaced::Stopped)))
+                    | Err(RecvTimeoutError::Disconnected)
                         if teller.control.check().is_ok() =>
                     {
                         return self.place_one(order, teller);
                     }
-                    Ok(answer) => return answer,
+                    Ok(Word::Answer(answer)) => return answer,
                     Err(RecvTimeoutError::Timeout) => {}
                     Err(RecvTimeoutError::Disconnected) => return Err(NotPlaced::Stopped),
                 }
@@ -139,30 +132,45 @@ impl Slurm {
     }
 
     fn place_one(&self, order: &Order, teller: &Teller<'_>) -> Answer {
-        let mut answers = self.place_all(std::slice::from_ref(order), 1, teller);
-        answers.pop().unwrap_or(Err(NotPlaced::Stopped))
+        self.lead(order.clone(), Vec::new(), 1, 1, teller)
     }
 
-    /// Submits jobs that are alike as arrays of at most `most` elements, and returns an answer for each job. If the queue has no room for
-    /// an array, its halves are tried.
-    fn place_all(&self, orders: &[Order], most: usize, teller: &Teller<'_>) -> Vec<Answer> {
-        let mut answers = Vec::with_capacity(orders.len());
-        let mut open: VecDeque<&[Order]> = orders.chunks(most.max(1)).collect();
-        while let Some(orders) = open.pop_front() {
-            match self.place(orders, teller) {
-                Placed::At(ids) => answers.extend(ids.into_iter().map(Ok)),
-                Placed::TooMany => {
-                    let (one, other) = orders.split_at(orders.len() / 2);
-                    open.push_front(other);
-                    open.push_front(one);
-                }
-                Placed::Not(why) => {
-                    let all = std::iter::repeat_n(why, orders.len());
-                    answers.extend(all.map(Err));
-                }
+    /// Submits a job as one array with the first of others like it: `size` of them, or half as many, a quarter, and so on where the queue
+    /// has no room for more. These have their answers at once. The next of the others submits the rest, in arrays of up to `most`.
+    fn lead(
+        &self,
+        own: Order,
+        mut others: Others,
+        size: usize,
+        most: usize,
+        teller: &Teller<'_>,
+    ) -> Answer {
+        let mut orders = vec![own];
+        let more = others.iter().take(size.saturating_sub(1));
+        orders.extend(more.map(|(order, _)| order.clone()));
+        let placed = loop {
+            match self.place(&orders, teller) {
+                Placed::TooMany => orders.truncate((orders.len() / 2).max(1)),
+                Placed::At(ids) => break Ok(ids),
+                Placed::Not(why) => break Err(why),
             }
+        };
+        let mut answers: Vec<Answer> = match placed {
+            Ok(ids) => ids.into_iter().map(Ok).collect(),
+            Err(why) => orders.iter().map(|_| Err(why.clone())).collect(),
+        };
+        let rest = others.split_off(orders.len() - 1);
+        for ((_, listener), answer) in others.into_iter().zip(answers.drain(1..)) {
+            // One that is gone wants to know nothing.
+            let _ = listener.send(Word::Answer(answer));
         }
-        answers
+        let own = answers.pop().unwrap_or(Err(NotPlaced::Stopped));
+        // Of one that was stopped the others learn by hearing no more of it.
+        if !matches!(own, Err(NotPlaced::Stopped)) {
+            // There may be more room for them than there was for these.
+            hand_on(rest, (2 * orders.len()).min(most));
+        }
+        own
     }
 
     /// Submits one job, or one array.
@@ -338,6 +346,35 @@ enum Placed {
     /// The queue has no room for that many at once.
     TooMany,
     Not(NotPlaced),
+}
+
+/// Jobs that wait to be submitted, each with what listens for the answer.
+type Others = Vec<(Order, Sender<Word>)>;
+
+/// What a job that waits to be submitted with others hears.
+pub(super) enum Word {
+    /// What came of it.
+    Answer(Answer),
+    /// It has to submit itself and the rest.
+    Lead(Rest),
+}
+
+/// Jobs that are left to be submitted, in arrays of `size` at first.
+pub(super) struct Rest {
+    others: Others,
+    size: usize,
+}
+
+/// Lets the first of these jobs submit all.
+fn hand_on(mut jobs: Others, size: usize) {
+    while !jobs.is_empty() {
+        let (_, listener) = jobs.remove(0);
+        let others = std::mem::take(&mut jobs);
+        // If that one is gone, it is the turn of the next.
+        if let Err(SendError(Word::Lead(rest))) = listener.send(Word::Lead(Rest { others, size })) {
+            jobs = rest.others;
+        }
+    }
 }
 
 /// The task that a submission is for: its messages go to `events`, and `control` can stop it.
