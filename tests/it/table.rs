@@ -121,11 +121,11 @@ fn scores_of_a_program_are_columns_by_whatever_name() {
     let project = Project::empty();
     project.write(
         "own.sh",
-        "echo \"{\\\"f1\\\": 0.$1, \\\"rows\\\": 9}\" >\"$OUT/scores.json\"\n",
+        "echo \"{\\\"f1\\\": 0.${1#n}, \\\"rows\\\": 9}\" >\"$OUT/scores.json\"\n",
     );
     project.write(
         "own.yaml",
-        "version: 1\nstages:\n  own:\n    run_command: { command: [sh, '{file.script}', '${n}'], files: { script: own.sh }, \
+        "version: 1\nstages:\n  own:\n    run_command: { command: [sh, '{file.script}', 'n${n}'], files: { script: own.sh }, \
          output: scores }\n    matrix: { n: [1, 3, 2] }\n",
     );
     project.succeeds(&["run", "own.yaml"]);
