@@ -6,12 +6,22 @@ use std::path::Path;
 
 use serde_json::Value;
 
-use super::runs::OF_EVALUATIONS;
 use super::{head, number};
 use crate::cli::project::Project;
 use crate::engine::Record;
 use crate::report::page::{Answer, Evaluation, Table};
 
+/// The numbers of an evaluation that stand for it in a table, the first ones first.
+pub(super) const OF_EVALUATIONS: [&str; 8] = [
+    "rewards/accuracies",
+    "acc",
+    "acc_norm",
+    "exact_match",
+    "regex_match",
+    "margin",
+    "perplexity",
+    "loss",
+];
 /// The longest text of an answer or prompt in the page.
 const LONGEST: usize = 4000;
 /// The most answers in the page.

@@ -5,24 +5,13 @@ use std::collections::{BTreeMap, BTreeSet};
 use serde_json::Value;
 
 use super::curves;
-use super::evaluation::scores;
+use super::evaluation::{OF_EVALUATIONS, scores};
 use crate::cli::project::Project;
 use crate::engine::{Artifact as _, Origin, Record, Run, short};
 use crate::stages::artifacts::Scores;
 
 /// The numbers of a training that stand for it in a table: the last ones.
 const OF_TRAININGS: [&str; 2] = ["loss", "eval_loss"];
-/// The numbers of an evaluation that stand for it in a table, the first ones first.
-pub(super) const OF_EVALUATIONS: [&str; 8] = [
-    "rewards/accuracies",
-    "acc",
-    "acc_norm",
-    "exact_match",
-    "regex_match",
-    "margin",
-    "perplexity",
-    "loss",
-];
 
 /// A run with what its stages were given and came to.
 pub(in crate::cli) struct RunInfo {
