@@ -212,3 +212,32 @@ fn an_array_that_the_queue_has_no_room_for_is_halved() {
     assert_eq!(stages(&seen, "stage_done").len(), 5);
     assert_eq!(jobs_left(&project), 0);
 }
+
+#[test]
+fn a_runner_that_died_while_the_queue_was_full_left_jobs_that_are_joined_and_others_that_are_not() {
+    let Some(cluster) = Cluster::start(2, "MaxJobCount=4\nMinJobAge=2\n") else {
+        return;
+    };
+    let project = project(&cluster, "partition: main");
+    let numbers = [1, 2, 3, 4, 5];
+    matrix(&project, &numbers);
+    let begun = |seen: &[Value], n: u32| {
+        messages(seen, &format!("own[n={n}]")).contains(&format!("begun {n}"))
+    };
+    let mut run = Running::start(&project, &["own.yaml"]);
+    until(&mut run, |seen| {
+        numbers.iter().filter(|n| begun(seen, **n)).count() >= 2
+    });
+    run.signal(Signal::SIGKILL);
+    let (_, before) = run.ended();
+    let mut run = Running::start(&project, &["own.yaml"]);
+    run.wait_for_message("of an earlier run works on it; this run joins it");
+    for number in numbers {
+        project.write(&format!("go{number}"), "");
+    }
+    let (code, seen) = run.ended();
+    assert_eq!(code, Some(0), "{before:?} {seen:?}");
+    assert_eq!(stages(&seen, "stage_done").len(), 5);
+    assert!(stages(&seen, "stage_failed").is_empty());
+    assert_eq!(jobs_left(&project), 0);
+}

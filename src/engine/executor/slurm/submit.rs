@@ -150,7 +150,11 @@ impl Slurm {
         orders.extend(more.map(|(order, _)| order.clone()));
         let placed = loop {
             match self.place(&orders, teller) {
-                Placed::TooMany => orders.truncate((orders.len() / 2).max(1)),
+                Placed::TooMany => {
+                    let left_out = orders.split_off((orders.len() / 2).max(1));
+                    // They are in no array now: a runner that comes after this one must not look for them there.
+                    left_out.iter().for_each(|order| self.note_alone(order));
+                }
                 Placed::At(ids) => break Ok(ids),
                 Placed::Not(why) => break Err(why),
             }
@@ -171,6 +175,15 @@ impl Slurm {
             hand_on(rest, (2 * orders.len()).min(most));
         }
         own
+    }
+
+    /// Notes of a job that it is not submitted yet.
+    fn note_alone(&self, order: &Order) {
+        let name = self.name_of(&order.stage, &order.folder);
+        // Where that fails, its submission notes it, or fails, too.
+        let _ = order
+            .folder
+            .write_submitted(&self.submitted(&name, None, None));
     }
 
     /// Submits one job, or one array.
