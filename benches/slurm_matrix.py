@@ -2,10 +2,13 @@
 
     cargo build --release
     python3 benches/slurm_matrix.py --pipeline target/release/pipeline [--stages 1000] [--finish]
+    python3 benches/slurm_matrix.py --pipeline target/release/pipeline --chain 20
 
 Starts a controller and a node of its own on the loopback address, in a folder that goes away, and ends them again; Debian's packages
 `slurm-wlm` and `munge` have the programs. The node claims many processors, so that what is measured is the runner and not the queue. Each
-stage is a `run_command` that writes its number. Without `--finish` the jobs are cancelled when all of them are in the queue. Standard library only.
+stage is a `run_command` that writes its number. Without `--finish` the jobs are cancelled when all of them are in the queue. With `--chain` so many
+stages run one after the other, as local stages and as jobs by turns, three times each: how long each took from its start to its result. Standard
+library only.
 """
 
 import argparse
@@ -15,9 +18,11 @@ import os
 import shutil
 import signal
 import socket
+import statistics
 import subprocess
 import tempfile
 import time
+from datetime import datetime
 from pathlib import Path
 
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
@@ -89,11 +94,58 @@ def peak(pid):
     return 0.0
 
 
+def took(told):
+    """The seconds of each stage, by the events of a run."""
+    started, seconds = {}, []
+    for line in told.splitlines():
+        event = json.loads(line)
+        moment = datetime.fromisoformat(event["time"].replace("Z", "+00:00")).timestamp()
+        if event["event"] == "stage_started":
+            started[event["stage"]] = moment
+        elif event["event"] == "stage_done":
+            seconds.append(moment - started[event["stage"]])
+    return seconds
+
+
+def chain(pipeline, folder, stages):
+    """Runs stages one after the other."""
+    project = folder / "project"
+    names = [f"s{number}" for number in range(stages)]
+
+    def write(word):
+        recipe = "version: 1\nstages:\n"
+        for name, before in zip(names, [None, *names]):
+            inputs = f", inputs: {{ before: {before} }}" if before else ""
+            recipe += f"  {name}:\n    run_command: {{ command: [sh, -c, 'echo {word}-{name} >{{out}}/made'], output: folder{inputs} }}\n"
+        (project / "chain.yaml").write_text(recipe)
+
+    cluster = Cluster(folder / "slurm", stages)
+    env = {**cluster.env, "HOME": str(folder)}
+    times = {"local": [], "cluster": []}
+    try:
+        for number in range(3):
+            for executor, seconds in times.items():
+                # Other words, so that nothing is fresh.
+                write(f"{executor}{number}")
+                command = [pipeline, "run", "chain.yaml", "--json", "--executor", executor]
+                done = subprocess.run(command, cwd=project, env=env, capture_output=True, text=True)
+                assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+                found = took(done.stdout)
+                assert len(found) == stages, found
+                seconds += found
+    finally:
+        cluster.stop()
+    for executor, seconds in times.items():
+        parts = statistics.quantiles(seconds, n=20)
+        print(f"{executor}: {len(seconds)} stages, p50 {statistics.median(seconds):.2f} s, p95 {parts[-1]:.2f} s")
+
+
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--pipeline", type=Path, required=True)
     parser.add_argument("--stages", type=int, default=1000)
     parser.add_argument("--finish", action="store_true", help="waits for the results, too")
+    parser.add_argument("--chain", type=int, help="stages that run one after the other")
     arguments = parser.parse_args()
     pipeline, stages = arguments.pipeline.resolve(), arguments.stages
     with tempfile.TemporaryDirectory() as folder:
@@ -102,6 +154,9 @@ def main():
         (project / ".git").mkdir()
         settings = f"version: 1\nexecutors:\n  cluster:\n    slurm: {{ partition: main, jobs: {stages} }}\n"
         (project / "pipeline.config.yaml").write_text(settings)
+        if arguments.chain:
+            chain(pipeline, Path(folder), arguments.chain)
+            return
         numbers = json.dumps(list(range(stages)))
         (project / "r.yaml").write_text(
             "version: 1\nstages:\n  own:\n    run_command: { command: [sh, -c, 'echo ${n} >{out}/made'], output: folder }\n"

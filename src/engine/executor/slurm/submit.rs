@@ -153,7 +153,9 @@ impl Slurm {
                 Placed::TooMany => {
                     let left_out = orders.split_off((orders.len() / 2).max(1));
                     // They are in no array now: a runner that comes after this one must not look for them there.
-                    left_out.iter().for_each(|order| self.note_alone(order));
+                    for order in &left_out {
+                        self.note_alone(order);
+                    }
                 }
                 Placed::At(ids) => break Ok(ids),
                 Placed::Not(why) => break Err(why),
