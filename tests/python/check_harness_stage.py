@@ -85,7 +85,7 @@ stages:
       inputs: {{ model: merged }}
       files: {{ script: harness.py, questions: questions.jsonl }}
       output: scores
-      version_of: [{python}, -c, 'import lm_eval, torch, transformers as t; print(lm_eval.__version__, torch.__version__, t.__version__)']
+      version_of: [{python}, -c, 'from importlib.metadata import version as v; print(v("lm_eval"), v("torch"), v("transformers"))']
   questions: {{ import_dataset: {{ path: questions.jsonl }} }}
   own: {{ evaluate_choices: {{ model: merged, dataset: questions }} }}
 outputs:
