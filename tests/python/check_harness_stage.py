@@ -17,8 +17,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
-QUESTIONS = ROOT / "tests/golden/choices/questions.jsonl"
+from check_multiple_choice import GOLDEN, ROOT, TASK
 
 FILTER = """import json, sys
 import pyarrow.parquet as parquet
@@ -32,27 +31,15 @@ with open(out / "train.jsonl", "w") as file:
             file.write(json.dumps(row) + "\\n")
 """
 
-HARNESS = """import json, sys
+HARNESS = f"TASK = {TASK!r}" + """
+import json, sys
 from pathlib import Path
 from lm_eval import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 model, questions, out = sys.argv[1:]
-Path("local_choices.yaml").write_text(f'''task: local_choices
-dataset_path: json
-dataset_kwargs:
-  data_files:
-    test: {questions}
-test_split: test
-output_type: multiple_choice
-doc_to_text: "Question: {{{{question}}}}\\\\nAnswer:"
-doc_to_choice: choices
-doc_to_target: answer
-metric_list:
-  - metric: acc
-  - metric: acc_norm
-''')
+Path("local_choices.yaml").write_text(TASK.format(file=questions, shots=0))
 found = simple_evaluate(
     HFLM(pretrained=model, dtype="float32", device="cpu", batch_size=1),
     tasks=["local_choices"],
@@ -119,7 +106,7 @@ def main():
         write(120)
         (folder / "filter.py").write_text(FILTER)
         (folder / "harness.py").write_text(HARNESS)
-        (folder / "questions.jsonl").write_bytes(QUESTIONS.read_bytes())
+        (folder / "questions.jsonl").write_bytes((GOLDEN / "questions.jsonl").read_bytes())
         everything = stages_run(program, folder)
         assert len(everything) == 11, everything
         theirs, own = (json.loads((folder / f"out/{name}/scores.json").read_text())["base"] for name in ("harness", "own"))
