@@ -11,7 +11,7 @@ use serde_json::{Map, Value, json};
 use super::runs::{csv, shortened};
 use crate::cli::args::{RecipeArgs, StoreArgs};
 use crate::cli::gather::results::{Row, compared, results};
-use crate::cli::gather::runs::{standing, watched};
+use crate::cli::gather::runs::{parts, standing, watched};
 use crate::cli::gather::{number, plain};
 use crate::cli::project::Project;
 use crate::cli::{Failure, error, print, print_json, table_or_lists};
@@ -169,17 +169,12 @@ fn usual(rows: &[Row]) -> Option<String> {
     names
         .find(|name| metrics.contains(name.as_str()))
         .or_else(|| {
-            let own = |name: &&&str| leaves.iter().any(|leaf| stage_of(name) == *leaf);
+            let own = |name: &&&str| leaves.iter().any(|leaf| parts(name).0 == *leaf);
             standing(metrics.iter().copied())
                 .iter()
                 .find(own)
                 .map(|name| (*name).to_owned())
         })
-}
-
-/// The stage of a metric.
-fn stage_of(name: &str) -> &str {
-    name.rsplit_once('.').map_or("", |(stage, _)| stage)
 }
 
 /// Whether less of a metric is better.

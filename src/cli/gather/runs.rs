@@ -125,7 +125,7 @@ pub(in crate::cli) fn standing<'a>(names: impl IntoIterator<Item = &'a str>) -> 
 }
 
 /// A stage and its metric. The names of stages may have dots, those of metrics don't.
-fn parts(name: &str) -> (&str, &str) {
+pub(in crate::cli) fn parts(name: &str) -> (&str, &str) {
     name.rsplit_once('.').unwrap_or(("", name))
 }
 

@@ -171,6 +171,12 @@ fn combinations_that_ask_for_something_else_are_apart() {
     assert_eq!((all.len(), alone), (5, 3), "{all:?}");
 }
 
+/// Those of these numbers whose jobs have begun.
+fn begun(seen: &[Value], numbers: &[u32]) -> Vec<u32> {
+    let begun = |n: &u32| messages(seen, &format!("own[n={n}]")).contains(&format!("begun {n}"));
+    numbers.iter().copied().filter(begun).collect()
+}
+
 #[test]
 fn an_array_that_the_queue_has_no_room_for_is_halved() {
     // Room for three jobs: an array of five would never be taken.
@@ -183,13 +189,8 @@ fn an_array_that_the_queue_has_no_room_for_is_halved() {
     let mut run = Running::start(&project, &["own.yaml"]);
     run.wait_for_message("the queue takes no more jobs now");
     // Those that there is room for run and are followed to their end, while others wait for room.
-    let begun = |seen: &[Value]| -> Vec<u32> {
-        let begun =
-            |n: &u32| messages(seen, &format!("own[n={n}]")).contains(&format!("begun {n}"));
-        numbers.into_iter().filter(begun).collect()
-    };
-    until(&mut run, |seen| begun(seen).len() >= 2);
-    let first = begun(&run.seen)[0];
+    until(&mut run, |seen| begun(seen, &numbers).len() >= 2);
+    let first = begun(&run.seen, &numbers)[0];
     project.write(&format!("go{first}"), "");
     until(&mut run, |seen| {
         stages(seen, "stage_done").contains_key(&format!("own[n={first}]"))
@@ -221,13 +222,8 @@ fn a_runner_that_died_while_the_queue_was_full_left_jobs_that_are_joined_and_oth
     let project = project(&cluster, "partition: main");
     let numbers = [1, 2, 3, 4, 5];
     matrix(&project, &numbers);
-    let begun = |seen: &[Value], n: u32| {
-        messages(seen, &format!("own[n={n}]")).contains(&format!("begun {n}"))
-    };
     let mut run = Running::start(&project, &["own.yaml"]);
-    until(&mut run, |seen| {
-        numbers.iter().filter(|n| begun(seen, **n)).count() >= 2
-    });
+    until(&mut run, |seen| begun(seen, &numbers).len() >= 2);
     run.signal(Signal::SIGKILL);
     let (_, before) = run.ended();
     let mut run = Running::start(&project, &["own.yaml"]);
